@@ -1,0 +1,1 @@
+"""What crosses a boundary: specs, tables, run states, errors. Imports nothing heavy."""

@@ -1,0 +1,1 @@
+"""The lifetime of a run."""

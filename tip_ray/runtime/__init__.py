@@ -1,0 +1,1 @@
+"""Ray mechanics that know no stage: pools of replicas, weights by version."""

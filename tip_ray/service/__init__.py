@@ -1,0 +1,1 @@
+"""Outside eyes: client, status API, page, report."""

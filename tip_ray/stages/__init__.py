@@ -1,0 +1,1 @@
+"""One file per stop on the data's path."""
