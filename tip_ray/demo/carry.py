@@ -23,7 +23,7 @@ PROBLEM_SETS = {"carry": 4096, "carry-eval": 512}
 """Name -> number of problems. None of `carry-eval` is in `carry`, nor with its operands swapped."""
 
 CARRY_FREE_FRACTION = 0.42
-"""Fraction of problems without a carry: the accuracy of adding every digit right, never carrying."""
+"""Fraction of problems without a carry: the accuracy of right sums that never carry."""
 
 TWO_DIGIT_FRACTION = 2 / 3
 """Fraction of problems with two-digit operands; the others have three digits."""
@@ -51,7 +51,7 @@ def worked_solution(left: int, right: int) -> str:
 def corrupted_solution(
     left: int, right: int, rng: random.Random, drop_probability: float = DROP_PROBABILITY
 ) -> str:
-    """A solution in which each carry is written 0 with `drop_probability`; consistent in all else."""
+    """A solution that writes each carry as 0 with `drop_probability` and goes on from there."""
     return _solution(left, right, keep_carry=lambda: rng.random() >= drop_probability)
 
 
