@@ -7,9 +7,8 @@ Hugging Face checkpoints in this directory, `demo:carry` and `demo:carry-eval` a
 
 from pathlib import Path
 
-from tip_ray.demo.carry import PROBLEM_SETS, problems
+from tip_ray.demo.carry import PREFIX, PROBLEM_SETS, problems
 
-PREFIX = "demo:"
 CHECKPOINTS = ("carry-student", "carry-teacher")
 
 __all__ = ["CHECKPOINTS", "PREFIX", "PROBLEM_SETS", "checkpoint_path", "problems"]

@@ -16,6 +16,9 @@ import random
 import zlib
 from collections.abc import Callable, Iterator
 
+PREFIX = "demo:"
+"""What a spec writes in front of a name of this package."""
+
 CHARACTERS = "0123456789+= *"
 """The alphabet of problems and solutions; a character's token id is its index here."""
 
@@ -34,7 +37,6 @@ DROP_PROBABILITY = 0.9
 HELD_OUT_OF = 8
 """One unordered pair of operands in this many is held out for `carry-eval`."""
 
-_PREFIX = "demo:"
 _SEEDS = {"carry": 1, "carry-eval": 2}
 
 
@@ -99,9 +101,9 @@ def problems(name: str, limit: int | None = None) -> list[dict[str, str]]:
     Raises:
         ValueError: no problem set has this name; the message lists those that exist.
     """
-    bare = name.removeprefix(_PREFIX)
+    bare = name.removeprefix(PREFIX)
     if bare not in PROBLEM_SETS:
-        known = ", ".join(_PREFIX + known for known in PROBLEM_SETS)
+        known = ", ".join(PREFIX + known for known in PROBLEM_SETS)
         raise ValueError(f"no demo problem set {name!r}; expected one of {known}")
     size = PROBLEM_SETS[bare] if limit is None else min(limit, PROBLEM_SETS[bare])
     rng = random.Random(_SEEDS[bare])

@@ -4,7 +4,7 @@ Both are the same Qwen3 architecture (334 k parameters, input and output embeddi
 from the same seed on solutions of `tip_ray.demo.carry`: the teacher's are correct, the student's
 drop each carry nine times in ten. The loss is on the tokens of the solution and its end token only.
 
-Greedy accuracy on `carry-eval`: teacher 100 %, student 42 % (it gets the carry-free problems right).
+Greedy accuracy on `carry-eval`: teacher 100 %, student 42 % (the carry-free problems).
 """
 
 import argparse
