@@ -1,0 +1,207 @@
+"""The reading side of run directories: for the command line, the service and reports."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import yaml
+from pydantic import ValidationError
+
+from tip_ray.contract.errors import NotFoundError, RunDirectoryError
+from tip_ray.contract.run_state import EvaluationResult, RunStatus
+from tip_ray.control.run_directory import (
+    CANCEL,
+    EVENTS,
+    LOG,
+    METRICS,
+    QUARANTINE,
+    RUN_ROOT_VARIABLE,
+    SAMPLES_DIRECTORY,
+    SPEC,
+    STATUS,
+    from_parquet,
+    is_run_id,
+    merge_parts,
+    samples_name,
+)
+from tip_ray.control.storage import Storage
+
+DEFAULT_RUN_ROOT = "runs"
+
+
+def default_run_roots() -> list[str]:
+    """Where runs are looked for when no root is given: TIP_RAY_RUN_ROOT and the spec's default
+    root under it; without the variable, that default alone."""
+    base = os.environ.get(RUN_ROOT_VARIABLE, "")
+    return [base, f"{base.rstrip('/')}/{DEFAULT_RUN_ROOT}"] if base else [DEFAULT_RUN_ROOT]
+
+
+class RunReader:
+    """One run's files. Every method reads anew.
+
+    All raise NotFoundError where the file is absent, RunDirectoryError where it is broken.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.storage = Storage(url)
+
+    @property
+    def url(self) -> str:
+        """An absolute path or a URL."""
+        return self.storage.url
+
+    @property
+    def run_id(self) -> str:
+        return self.url.rpartition("/")[2]
+
+    def exists(self) -> bool:
+        return self.storage.exists(SPEC) or self.storage.exists(STATUS)
+
+    def read_status(self) -> RunStatus:
+        try:
+            content = self.storage.read(STATUS)
+        except NotFoundError:
+            raise NotFoundError(f"{self.url}: no such run, or it has not begun") from None
+        return _status(content, f"{self.url}/{STATUS}")
+
+    def read_spec(self) -> dict[str, Any]:
+        """The spec as plain data: secrets are blanked, and a newer release's fields stay."""
+        try:
+            data = yaml.safe_load(self.storage.read(SPEC))
+        except yaml.YAMLError:
+            data = None
+        if not isinstance(data, dict):
+            raise RunDirectoryError(f"{self.url}/{SPEC}: not a spec")
+        return data
+
+    def read_metrics(self) -> pa.Table:
+        """One row a step, in order of step; without rows before the first step has ended."""
+        parts = self._metrics_parts()
+        while None in parts.values():  # the writer has just merged some: list again
+            parts = self._metrics_parts()
+        return merge_parts(
+            from_parquet(content or b"", f"{self.url}/{name}") for name, content in parts.items()
+        )
+
+    def _metrics_parts(self) -> dict[str, bytes | None]:
+        """Merged parts before single ones: where both have a step, the single one is newer."""
+        names = [name for name in self.storage.names(METRICS) if name.endswith(".parquet")]
+        names = [f"{METRICS}/{name}" for name in names]
+        names.sort(key=lambda name: (name.startswith(f"{METRICS}/step-"), name))
+        found = self.storage.read_all(names)
+        return {name: found.get(name) for name in names}
+
+    def read_events(self) -> list[dict[str, Any]]:
+        """All events by time: `time`, `kind`, `step` and the kind's own fields."""
+        names = [f"{EVENTS}/{n}" for n in self.storage.names(EVENTS) if n.endswith(".json")]
+        contents = self.storage.read_all(names)
+        return [_json(contents[name], f"{self.url}/{name}") for name in names if name in contents]
+
+    def read_evaluations(self) -> list[EvaluationResult]:
+        """In order of step; a replayed step's evaluation replaces the first one's."""
+        events = [event for event in self.read_events() if event.get("kind") == "evaluation"]
+        try:
+            results = [EvaluationResult.model_validate(event) for event in events]
+        except ValidationError as error:
+            raise RunDirectoryError(f"{self.url}/{EVENTS}: {_first(error)}") from None
+        newest = {(result.name, result.step): result for result in results}
+        return sorted(newest.values(), key=lambda result: result.step)
+
+    def sample_steps(self) -> list[int]:
+        """Steps that have samples, ascending."""
+        stems = [name.removesuffix(".arrow") for name in self.storage.names(SAMPLES_DIRECTORY)]
+        numbers = [stem.removeprefix("step-") for stem in stems]
+        return sorted(int(number) for number in numbers if number.isdecimal())
+
+    def read_samples(self, step: int | None = None) -> pa.Table:
+        """The rollouts of `step`, or of the newest step that has some: SAMPLES_WITH_TEXT."""
+        if step is None:
+            steps = self.sample_steps()
+            if not steps:
+                raise NotFoundError(f"{self.url}: no samples yet")
+            step = steps[-1]
+        name = f"{SAMPLES_DIRECTORY}/{samples_name(step)}"
+        try:
+            content = self.storage.read(name)
+        except NotFoundError:
+            raise NotFoundError(f"{self.url}: no samples of step {step}") from None
+        try:
+            table = pa.ipc.open_file(pa.BufferReader(content)).read_all()
+            table.validate(full=True)
+        except (pa.ArrowException, OSError) as error:
+            raise RunDirectoryError(
+                f"{self.url}/{name}: not a whole Arrow file ({error})"
+            ) from None
+        return table
+
+    def read_quarantine(self) -> list[dict[str, Any]]:
+        """Quarantined rollouts with stage and reason; a last line that is half written is left."""
+        if not self.storage.exists(QUARANTINE):
+            return []
+        lines = self.storage.read(QUARANTINE).split(b"\n")[:-1]
+        return [_json(line, f"{self.url}/{QUARANTINE}") for line in lines]
+
+    def read_log(self) -> str:
+        return self.storage.read(LOG).decode(errors="replace")
+
+    def cancel_requested(self) -> bool:
+        return self.storage.exists(CANCEL)
+
+
+def list_runs(run_root: str, on_broken: Callable[[str], None] = lambda _: None) -> list[RunStatus]:
+    """Status of every run under `run_root`, newest first; `on_broken` hears of unreadable ones."""
+    storage = Storage(run_root)
+    names = [f"{name}/{STATUS}" for name in storage.names() if is_run_id(name)]
+    statuses = []
+    for name, content in storage.read_all(names).items():
+        try:
+            statuses.append(_status(content, f"{storage.url}/{name}"))
+        except RunDirectoryError as error:
+            on_broken(str(error))
+    return sorted(statuses, key=lambda status: status.started_at, reverse=True)
+
+
+def resolve_run(run: str, run_root: str | None = None) -> RunReader:
+    """The run that `run` names: a run id under `run_root`, or a run directory's path or URL.
+
+    Raises:
+        NotFoundError: there is none.
+    """
+    roots = default_run_roots() if run_root is None else [run_root]
+    places = [f"{root.rstrip('/')}/{run}" for root in roots] if is_run_id(run) else []
+    if not is_run_id(run) and ("/" in run or run in (".", "..")):
+        places = [run]
+    for place in places:
+        reader = RunReader(place)
+        if reader.exists():
+            return reader
+    where = "" if places == [run] else f" under {' or '.join(roots)}"
+    cure = "see `tip-ray list`, or give --run-root"
+    raise NotFoundError(f"no run {run!r}{where}; {cure}")
+
+
+def _status(content: bytes, name: str) -> RunStatus:
+    try:
+        return RunStatus.model_validate_json(content)
+    except ValidationError as error:
+        raise RunDirectoryError(f"{name}: not a run's status ({_first(error)})") from None
+
+
+def _json(content: bytes, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(content)
+    except ValueError as error:
+        raise RunDirectoryError(f"{name}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise RunDirectoryError(f"{name}: not a JSON object")
+    return value
+
+
+def _first(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    return f"{where}: {problem['msg']}" if where else str(problem["msg"])
