@@ -129,11 +129,14 @@ class RunDirectory:
             RunDirectoryError: the run exists, or the root cannot be written.
         """
         directory = cls._at(run_root, run_id)
-        if directory.storage.exists(SPEC):
-            raise RunDirectoryError(
-                f"{directory.url}: the run exists; resume it or rename this one"
-            )
-        directory.write_spec(spec)
+        try:
+            exists = directory.storage.exists(SPEC)
+            if not exists:
+                directory.write_spec(spec)
+        except RunDirectoryError as error:
+            raise RunDirectoryError(f"run_root: {error}; choose another --run-root") from error
+        if exists:
+            raise RunDirectoryError(f"{directory.url}: the run exists; choose another --run-id")
         return directory
 
     @classmethod
