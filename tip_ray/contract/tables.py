@@ -262,7 +262,8 @@ def newest_attempts(table: pa.Table) -> pa.Table:
     ):
         if key not in best or attempt > best[key][0]:
             best[key] = (attempt, row)
-    return table.take([best[key][1] for key in sorted(best)]).combine_chunks()
+    rows = pa.array([best[key][1] for key in sorted(best)], INT64)  # typed: take refuses null
+    return table.take(rows).combine_chunks()
 
 
 def concat(tables: Iterable[pa.Table], schema: pa.Schema) -> pa.Table:
