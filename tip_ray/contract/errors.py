@@ -10,6 +10,7 @@ TipRayError
 ├── NotSupportedError          this client or feature cannot do that; says what can
 ├── RunFailedError             the run itself failed; exit code 1
 ├── RunCancelledError          the run was asked to stop and did; exit code 130
+├── RunTerminatedError         the driver was told to go at once; exit code 143
 ├── TableError                 a table does not conform to its schema
 ├── TransitionError            an illegal RunState transition
 ├── DataError                  one piece of data is poisonous; it is quarantined, not retried
@@ -87,6 +88,12 @@ class RunCancelledError(TipRayError):
     """The run stopped because it was asked to."""
 
     exit_code = 130
+
+
+class RunTerminatedError(TipRayError):
+    """SIGTERM: the driver wrote its status and went; the newest checkpoint stays."""
+
+    exit_code = 143
 
 
 class TableError(TipRayError):

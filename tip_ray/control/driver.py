@@ -1,0 +1,173 @@
+"""One run's lifetime in this process: check, place, start, run, finish."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tip_ray.contract.errors import (
+    RunCancelledError,
+    RunDirectoryError,
+    RunTerminatedError,
+    TipRayError,
+)
+from tip_ray.contract.run_state import RunState, RunStatus
+from tip_ray.contract.spec import RunSpec
+from tip_ray.control.crew import close_stages, make_stages, start_stages
+from tip_ray.control.evaluate import Evaluator
+from tip_ray.control.journal import Journal
+from tip_ray.control.pipeline import Pipeline, Stages
+from tip_ray.control.placement import demand, total_cpus
+from tip_ray.control.preflight import Preflight, preflight
+from tip_ray.control.progress import Progress
+from tip_ray.control.run_directory import RunDirectory, check_run_id, new_run_id
+from tip_ray.runtime.cluster import connected, refuse_what_never_fits, release, reserve
+
+_log = logging.getLogger(__name__)
+Finish = Callable[[RunDirectory], None]
+
+
+def run(
+    spec: RunSpec,
+    run_id: str | None = None,
+    *,
+    ray_address: str | None = None,
+    progress: Progress,
+    finish: Finish,
+) -> RunStatus:
+    """The whole run, with this process as its driver.
+
+    Args:
+        run_id: a new one is made up if it is None.
+        ray_address: a cluster to run on; None starts a private one on this machine.
+        finish: called when the run directory is complete, e.g. to write the report.
+
+    Raises:
+        UserError: refused before anything was started (exit code 2).
+        RunFailedError, RunCancelledError, RunTerminatedError: how the run ended otherwise.
+    """
+    run_id = check_run_id(run_id or new_run_id(spec.name))
+    checked = preflight(spec)
+    directory = RunDirectory.create(spec.run_root, run_id, spec)
+    for line in checked.first_prompt:
+        progress.message(line)
+    journal = Journal(
+        directory,
+        _new_status(spec, run_id, checked),
+        progress,
+        checked.tokenizer,
+        spec.evaluation[0].name if spec.evaluation else None,
+    )
+    with _logging_to(directory), _ends_well(journal):
+        with connected(ray_address, num_cpus=total_cpus(spec), namespace=run_id):
+            asyncio.run(_drive(spec, checked, journal))
+        journal.end(RunState.SUCCEEDED)
+    finish(directory)
+    return journal.status
+
+
+async def _drive(spec: RunSpec, checked: Preflight, journal: Journal) -> None:
+    """Place, start, run and export, on a connected cluster; nothing is left running."""
+    with _stopped_by_signals():
+        heart = asyncio.create_task(journal.heartbeat())
+        bundles = demand(spec)
+        await journal.state(RunState.STARTING, waiting_for="room on the cluster")
+        refuse_what_never_fits(bundles)
+        groups = await reserve(bundles, timeout_s=spec.faults.placement_timeout_s)
+        stages = make_stages(spec, checked.facts, groups, journal.event)
+        try:
+            await start_stages(stages)
+            await journal.state(RunState.RUNNING)
+            await _train(spec, checked, journal, stages)
+        finally:
+            heart.cancel()
+            close_stages(stages)
+            release(groups)
+
+
+async def _train(spec: RunSpec, checked: Preflight, journal: Journal, stages: Stages) -> None:
+    evaluator = Evaluator(stages.rollout, spec.evaluation, checked.problems, spec.steps)
+    pipeline = Pipeline(spec, stages, checked.source, evaluator, journal)
+    await pipeline.run()
+    url = f"{journal.directory.url}/export"
+    await stages.learner.call_same("export", url, checked.facts.student_path)
+
+
+def _new_status(spec: RunSpec, run_id: str, checked: Preflight) -> RunStatus:
+    now = time.time()
+    return RunStatus(
+        run_id=run_id,
+        name=spec.name,
+        steps=spec.steps,
+        started_at=now,
+        updated_at=now,
+        heartbeat_at=now,
+        prompts_skipped=checked.source.skipped,
+    )
+
+
+@contextmanager
+def _ends_well(journal: Journal) -> Iterator[None]:
+    """Whatever ends the run, status.json says what and why."""
+    try:
+        yield
+    except RunDirectoryError:
+        raise  # there is nowhere to write that down
+    except RunCancelledError as error:
+        journal.end(RunState.CANCELLED, str(error))
+        raise
+    except TipRayError as error:
+        journal.end(RunState.FAILED, str(error))
+        raise
+    except BaseException as error:
+        _log.exception("the driver failed")
+        journal.end(RunState.FAILED, f"{type(error).__name__}: {error}")
+        raise
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGINT cancel the running task, and end it with the error that says so."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    received: list[signal.Signals] = []
+
+    def stop(signum: signal.Signals) -> None:
+        received.append(signum)
+        task.cancel()
+
+    handled = (signal.SIGTERM, signal.SIGINT)
+    for signum in handled:
+        loop.add_signal_handler(signum, stop, signum)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if received and received[0] is signal.SIGINT:
+            raise RunCancelledError("interrupted by SIGINT") from None
+        if received:
+            raise RunTerminatedError("terminated by SIGTERM") from None
+        raise
+    finally:
+        for signum in handled:
+            loop.remove_signal_handler(signum)
+
+
+@contextmanager
+def _logging_to(directory: RunDirectory) -> Iterator[None]:
+    """What the package logs goes to logs/driver.log as well."""
+    handler: Any = directory.log_handler()
+    logger = logging.getLogger("tip_ray")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        handler.flush()

@@ -1,0 +1,180 @@
+"""The driver's account of a run: status, heartbeat, metrics, samples and events, in order.
+
+All writes go through one thread, so they are in the order of their calls and never block the
+loop; a failed write surfaces at the next awaited one and by `close`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from tip_ray.contract import tables
+from tip_ray.contract.headers import Quarantined
+from tip_ray.contract.run_state import (
+    HEARTBEAT_S,
+    EvaluationResult,
+    RunState,
+    RunStatus,
+    StepMetrics,
+    check_transition,
+)
+from tip_ray.control.progress import Progress
+from tip_ray.control.run_directory import RunDirectory
+from tip_ray.control.samples import with_text
+
+Result = TypeVar("Result")
+_log = logging.getLogger(__name__)
+
+
+class Journal:
+    """The only writer of a run directory.
+
+    Args:
+        status: as it stands at the start; replaced, never changed in place.
+        first_evaluation: name of the evaluation whose mean is the run's accuracy.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        status: RunStatus,
+        progress: Progress,
+        tokenizer: PreTrainedTokenizerBase,
+        first_evaluation: str | None,
+    ) -> None:
+        self.directory, self.status = directory, status
+        self._progress, self._tokenizer = progress, tokenizer
+        self._first_evaluation = first_evaluation
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
+        self._pending: list[Future[Any]] = []
+        self._replicas_lost = 0
+
+    async def state(
+        self, state: RunState, *, error: str | None = None, waiting_for: str | None = None
+    ) -> None:
+        """Change the run's state, and write it down.
+
+        Raises:
+            TransitionError: the change is illegal.
+        """
+        self._set_state(state, error=error, waiting_for=waiting_for)
+        await self._settle()
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """Something happened: a fault, a recovery. Returns at once."""
+        step = facts.pop("step", self.status.step)
+        _log.info("%s %s", kind, facts)
+        self._submit(self.directory.write_event, kind, step, **facts)
+        if kind == "replica_lost":
+            self._replicas_lost += 1
+            if self.status.state is RunState.RUNNING:
+                self._set_state(RunState.RECOVERING, waiting_for=f"{facts['pool']} replica")
+        elif kind == "replica_recovered":
+            self._replicas_lost -= 1
+            self._change(recoveries=self.status.recoveries + 1)
+            if self.status.state is RunState.RECOVERING and not self._replicas_lost:
+                self._set_state(RunState.RUNNING)
+
+    def quarantine(self, items: Sequence[Quarantined]) -> None:
+        """Write down rollouts that no replica can process."""
+        if items:
+            self._submit(self.directory.quarantine, items)
+            self._change(rollouts_quarantined=self.status.rollouts_quarantined + len(items))
+            self._progress.message(f"quarantined {len(items)}: {items[0].reason}")
+
+    async def step(self, metrics: StepMetrics, samples: Sequence[pa.Table]) -> None:
+        """One trained step: its metrics, samples and status."""
+        self._submit(self.directory.append_metrics, metrics)
+        shown = tables.concat(samples, tables.SAMPLES)
+        if shown.num_rows:
+            text = with_text(shown, self._tokenizer)
+            self._submit(self.directory.write_samples, metrics.step, text)
+        status = self.status
+        self._change(
+            step=metrics.step,
+            loss=metrics.loss,
+            kept_fraction=metrics.kept_fraction,
+            weight_version=metrics.step,
+            learner_tokens_per_s=metrics.learner_tokens_per_s,
+            tokens_generated=status.tokens_generated + metrics.tokens_generated,
+            tokens_kept=status.tokens_kept + metrics.tokens_kept,
+            bytes_shipped=status.bytes_shipped + metrics.bytes_cut_to_learner,
+            bytes_unpruned=status.bytes_unpruned + metrics.bytes_unpruned_to_learner,
+            updates_skipped=status.updates_skipped + metrics.update_skipped,
+        )
+        self._progress.step(metrics, status.steps, self.status.accuracy)
+        await self._settle()
+
+    async def evaluation(self, result: EvaluationResult) -> None:
+        """One evaluation's result; the first entry's mean is the run's accuracy."""
+        self._submit(self.directory.write_evaluation, result)
+        if result.name == self._first_evaluation:
+            changes: dict[str, Any] = {"accuracy": result.mean}
+            if result.step == 0:
+                changes["initial_accuracy"] = result.mean
+            self._change(**changes)
+        self._progress.evaluation(result)
+        await self._settle()
+
+    async def cancel_requested(self) -> bool:
+        """Whether somebody asked for the run to stop."""
+        return await self._run(self.directory.cancel_requested)
+
+    async def heartbeat(self) -> None:
+        """Say every few seconds that the driver lives; runs until it is cancelled."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            self._write_status()
+            await self._settle()
+
+    def end(self, state: RunState, error: str | None = None) -> None:
+        """The last word, without a loop: waits until everything is on disk.
+
+        Raises:
+            RunDirectoryError: a write failed.
+        """
+        self._set_state(state, error=error)
+        self._writer.shutdown(wait=True)
+        self._raise_failed()
+
+    def _set_state(
+        self, state: RunState, *, error: str | None = None, waiting_for: str | None = None
+    ) -> None:
+        check_transition(self.status.state, state)
+        self._submit(self.directory.write_event, "state", self.status.step, state=state.value)
+        self._change(state=state, error=error, waiting_for=waiting_for)
+
+    def _change(self, **changes: Any) -> None:
+        now = time.time()
+        self.status = self.status.model_copy(update={**changes, "updated_at": now})
+        self._write_status()
+
+    def _write_status(self) -> None:
+        status = self.status.model_copy(update={"heartbeat_at": time.time()})
+        self._submit(self.directory.write_status, status)
+
+    def _submit(self, write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        self._pending.append(self._writer.submit(write, *args, **kwargs))
+
+    async def _run(self, read: Callable[[], Result]) -> Result:
+        return await asyncio.wrap_future(self._writer.submit(read))
+
+    async def _settle(self) -> None:
+        """Wait until all writes so far are done; raise the first that failed."""
+        pending = self._pending.copy()
+        await asyncio.gather(*map(asyncio.wrap_future, pending), return_exceptions=True)
+        self._raise_failed()
+
+    def _raise_failed(self) -> None:
+        done = [future for future in self._pending if future.done()]
+        self._pending = [future for future in self._pending if not future.done()]
+        for future in done:
+            future.result()

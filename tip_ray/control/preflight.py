@@ -1,0 +1,65 @@
+"""Everything that can be wrong with a spec and is cheap to find out, before anything is started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from tip_ray.contract.spec import EvaluationSpec, RunSpec
+from tip_ray.stages.models import load_tokenizer
+from tip_ray.stages.pair_checks import PairFacts, check_pair, describe_first_prompt
+from tip_ray.stages.prompts import PromptSource, evaluation_prompts
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What the checks read on the way, for the driver to use."""
+
+    facts: PairFacts
+    tokenizer: PreTrainedTokenizerBase
+    source: PromptSource
+    problems: dict[str, pa.Table]  # PROMPTS by evaluation name
+    first_prompt: list[str]  # lines to print
+
+
+def preflight(spec: RunSpec) -> Preflight:
+    """Check models, tokenizers, prompts and evaluations of `spec`; starts nothing.
+
+    Raises:
+        UserError: one line with field, found, expected and cure.
+    """
+    facts = check_pair(spec)
+    tokenizer = load_tokenizer(facts.student_path, spec.student.trust_remote_code, "student.model")
+    theirs = load_tokenizer(facts.teacher_path, spec.teacher.trust_remote_code, "teacher.model")
+    source = PromptSource(
+        spec.prompts,
+        max_prompt_tokens=spec.rollout.max_prompt_tokens,
+        samples_per_prompt=spec.rollout.samples_per_prompt,
+        seed=spec.seed,
+        tokenizer=tokenizer,
+        teacher_tokenizer=theirs,
+    )
+    problems = {entry.name: _problems(spec, entry, tokenizer) for entry in spec.evaluation}
+    return Preflight(facts, tokenizer, source, problems, _first_prompt(source, tokenizer, facts))
+
+
+def _problems(spec: RunSpec, entry: EvaluationSpec, tokenizer: Any) -> pa.Table:
+    return evaluation_prompts(
+        entry,
+        spec.prompts,
+        max_prompt_tokens=spec.rollout.max_prompt_tokens,
+        tokenizer=tokenizer,
+    )
+
+
+def _first_prompt(source: PromptSource, tokenizer: Any, facts: PairFacts) -> list[str]:
+    """One prompt of step 1 as the engines will read it, with its stop ids."""
+    cursor = source.cursor
+    row = source.take(1, 1).slice(0, 1).to_pylist()[0]
+    source.seek(cursor)
+    return describe_first_prompt(
+        tokenizer, row["prompt_ids"], facts.eos_ids, row["teacher_prompt_ids"]
+    )
