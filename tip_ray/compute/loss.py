@@ -1,0 +1,295 @@
+# ruff: noqa: N815 - shapes in field names
+"""LM head and divergence on the kept rows only, fused and chunked: never [N, V] at once.
+
+N  kept tokens        D  hidden size        V  rows of the head        K  ids of a token's support
+C  rows of a chunk
+
+The gradients are computed in the forward, chunk by chunk, while a chunk's logits are alive; what
+waits for the backward is [N, D] and [V, D].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tip_ray.compute.divergence import compute_dtype, drop_ids_, entropy, floor_impossible
+from tip_ray.contract.errors import SpecError
+
+_NEG_INF = float("-inf")
+_CAST_ELEMENTS = 1 << 24  # of the head alive in the compute dtype at once, where it is narrower
+
+
+class KeptStats(NamedTuple):
+    """One value a kept token, in nats; no gradient."""
+
+    divergence_N: Tensor  # what the loss weighs
+    sampled_logprob_N: Tensor  # the learner's, of the sampled token
+    entropy_N: Tensor  # the learner's
+
+
+class _Support(NamedTuple):
+    """The teacher's side of some rows."""
+
+    ids_NK: Tensor
+    logprobs_NK: Tensor
+    tail_N: Tensor
+
+    def chunk(self, rows: slice, dtype: torch.dtype) -> _Support:
+        """Some rows in `dtype`, whatever stood at padding made -inf."""
+        ids_CK = self.ids_NK[rows]
+        logprobs_CK = self.logprobs_NK[rows].to(dtype).masked_fill(ids_CK < 0, _NEG_INF)
+        return _Support(ids_CK, logprobs_CK, self.tail_N[rows].to(dtype))
+
+
+class _Options(NamedTuple):
+    kind: str
+    chunk_rows: int
+    beta: float
+    tail_floor_nats: float
+    vocab_size: int
+    with_grad: bool
+
+
+class _Pull(NamedTuple):
+    """A divergence of rows and how it changes with the student's coarse distribution."""
+
+    divergence_C: Tensor
+    by_logprob_CK: Tensor  # d divergence / d ln p of each support id
+    by_tail_mass_C: Tensor  # d divergence / d mass of the tail
+
+
+def kept_loss(
+    hidden_ND: Tensor,
+    lm_head_VD: Tensor,
+    support_ids_NK: Tensor,
+    teacher_logprobs_NK: Tensor,
+    weight_N: Tensor,
+    kind: str = "reverse_kl",
+    chunk_rows: int = 512,
+    *,
+    teacher_tail_logprob_N: Tensor | None = None,
+    beta: float = 0.5,
+    tail_floor_nats: float = -30.0,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """Sum over rows of weight * divergence on the support with its tail bucket, a scalar in nats.
+
+    reverse_kl: sum over U of p_S (ln p_S - ln p_T), plus r_S (ln r_S - ln r_T) of the masses
+    outside. Both tails are floored at `tail_floor_nats` (no gradient below it; the term is 0 at
+    U = V); without `teacher_tail_logprob_N` it is ln(1 - sum exp) of what is given, in float64.
+    Id -1 is padding; an id that the teacher rules out (-inf) counts as `tail_floor_nats`.
+
+    Differentiable in `hidden_ND` and `lm_head_VD`, once. Float32 inside (float64 stays float64),
+    whatever the inputs; three [chunk_rows, V] buffers. Head rows from `vocab_size` on (default:
+    none) are outside of the vocabulary. N = 0 gives 0, still a part of the graph.
+
+    Raises:
+        SpecError: `kind` is not available, or shapes do not fit together.
+    """
+    options = _options(
+        lm_head_VD, kind, chunk_rows, beta, tail_floor_nats, vocab_size or len(lm_head_VD)
+    )
+    teacher = _teacher(support_ids_NK, teacher_logprobs_NK, teacher_tail_logprob_N, options)
+    _check_shapes(hidden_ND, lm_head_VD, teacher, weight_N)
+    return _run(hidden_ND, lm_head_VD, teacher, weight_N, None, options)[0]
+
+
+def kept_loss_with_stats(
+    hidden_ND: Tensor,
+    lm_head_VD: Tensor,
+    support_ids_NK: Tensor,
+    teacher_logprobs_NK: Tensor,
+    weight_N: Tensor,
+    kind: str = "reverse_kl",
+    chunk_rows: int = 512,
+    *,
+    sampled_ids_N: Tensor,
+    teacher_tail_logprob_N: Tensor | None = None,
+    beta: float = 0.5,
+    tail_floor_nats: float = -30.0,
+    vocab_size: int | None = None,
+) -> tuple[Tensor, KeptStats]:
+    """(`kept_loss`, KeptStats) in one pass; `sampled_ids_N` are the kept tokens themselves."""
+    options = _options(
+        lm_head_VD, kind, chunk_rows, beta, tail_floor_nats, vocab_size or len(lm_head_VD)
+    )
+    teacher = _teacher(support_ids_NK, teacher_logprobs_NK, teacher_tail_logprob_N, options)
+    _check_shapes(hidden_ND, lm_head_VD, teacher, weight_N, sampled_ids_N)
+    loss, *stats = _run(hidden_ND, lm_head_VD, teacher, weight_N, sampled_ids_N, options)
+    return loss, KeptStats(*stats)
+
+
+def _reverse_kl(
+    student_CK: Tensor, student_tail_C: Tensor, teacher: _Support, options: _Options
+) -> _Pull:
+    """KL(S||T); the student's log-probability is -inf at padding."""
+    floor_nats = options.tail_floor_nats
+    mass_CK = student_CK.exp()
+    log_ratio_CK = floor_impossible(student_CK, floor_nats) - floor_impossible(
+        teacher.logprobs_NK, floor_nats
+    )
+    tail_C = student_tail_C.clamp(min=floor_nats)
+    log_ratio_tail_C = tail_C - teacher.tail_N.clamp(min=floor_nats)
+    divergence_C = (mass_CK * log_ratio_CK).sum(-1) + tail_C.exp() * log_ratio_tail_C
+    by_tail_C = (log_ratio_tail_C + 1).masked_fill(student_tail_C <= floor_nats, 0.0)
+    return _Pull(divergence_C, mass_CK * (log_ratio_CK + 1), by_tail_C)
+
+
+Kind = Callable[[Tensor, Tensor, _Support, _Options], _Pull]
+_KINDS: dict[str, Kind] = {"reverse_kl": _reverse_kl}
+
+
+class _KeptLoss(torch.autograd.Function):
+    """(loss, *KeptStats); the loss alone carries a gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        lm_head_VD: Tensor,
+        teacher: _Support,
+        weight_N: Tensor,
+        sampled_ids_N: Tensor | None,
+        options: _Options,
+    ) -> tuple[Tensor, ...]:
+        dtype = compute_dtype(hidden_ND, lm_head_VD)
+        need_hidden, need_head = (options.with_grad and need for need in ctx.needs_input_grad[:2])
+        grad_hidden_ND = torch.zeros_like(hidden_ND, dtype=dtype) if need_hidden else None
+        grad_head_VD = torch.zeros_like(lm_head_VD, dtype=dtype) if need_head else None
+        head = _Head(lm_head_VD, grad_head_VD, options.vocab_size, dtype)
+        stats_SN = hidden_ND.new_zeros((3, len(hidden_ND)), dtype=dtype)
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            for start in range(0, len(hidden_ND), options.chunk_rows):
+                rows = slice(start, start + options.chunk_rows)
+                hidden_CD = hidden_ND[rows].to(dtype)
+                logprobs_CV = head.logits(hidden_CD).log_softmax(-1)
+                if sampled_ids_N is not None:
+                    stats_SN[1, rows] = logprobs_CV.gather(1, sampled_ids_N[rows, None]).squeeze(1)
+                    stats_SN[2, rows] = entropy(logprobs_CV)
+                weight_C = weight_N[rows].to(dtype)
+                stats_SN[0, rows], grad_CV = _divergence_(
+                    logprobs_CV, teacher.chunk(rows, dtype), weight_C, options
+                )
+                if grad_head_VD is not None:
+                    head.add_grad(grad_CV, hidden_CD)
+                if grad_hidden_ND is not None:
+                    grad_hidden_ND[rows] = head.grad_hidden(grad_CV)
+        loss = (stats_SN[0] * weight_N.to(dtype)).sum()
+        ctx.save_for_backward(grad_hidden_ND, grad_head_VD)
+        ctx.dtypes = (hidden_ND.dtype, lm_head_VD.dtype)
+        if sampled_ids_N is None:
+            return (loss,)
+        ctx.mark_non_differentiable(*(stats := stats_SN.unbind()))
+        return (loss, *stats)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [
+            None if grad is None else torch.mul(grad, grads[0], out=grad.new_empty(0, dtype=dtype))
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, None, None, None, None)
+
+
+def _run(*arguments: Any) -> tuple[Tensor, ...]:
+    outputs: tuple[Tensor, ...] = _KeptLoss.apply(*arguments)  # type: ignore[no-untyped-call]
+    return outputs
+
+
+def _divergence_(
+    logprobs_CV: Tensor, teacher: _Support, weight_C: Tensor, options: _Options
+) -> tuple[Tensor, Tensor]:
+    """([C] divergence, [C, V] gradient of weight * divergence by the logits); eats its input."""
+    student_CK = logprobs_CV.gather(1, teacher.ids_NK.clamp(min=0))
+    student_CK.masked_fill_(teacher.ids_NK < 0, _NEG_INF)
+    probs_CV = logprobs_CV.exp()
+    tail_C = drop_ids_(logprobs_CV, teacher.ids_NK).logsumexp(-1)
+    pull = _KINDS[options.kind](student_CK, tail_C, teacher, options)
+    # Through the softmax: d/dz_j = g_j - p_j sum(g), where g_j is the pull by ln p_j.
+    total_C = pull.by_logprob_CK.sum(-1) + tail_C.exp() * pull.by_tail_mass_C
+    grad_CV = probs_CV.mul_((weight_C * (pull.by_tail_mass_C - total_C))[:, None])
+    extra_CK = pull.by_logprob_CK - student_CK.exp() * pull.by_tail_mass_C[:, None]
+    grad_CV.scatter_add_(1, teacher.ids_NK.clamp(min=0), extra_CK * weight_C[:, None])
+    return pull.divergence_C, grad_CV
+
+
+class _Head(NamedTuple):
+    """The head's products; a narrower one is cast block by block, never as a whole."""
+
+    weight_VD: Tensor
+    grad_VD: Tensor | None
+    vocab_size: int
+    dtype: torch.dtype
+
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        step = self.vocab_size
+        if self.weight_VD.dtype != self.dtype:
+            step = max(_CAST_ELEMENTS // self.weight_VD.shape[1], 1)
+        for start in range(0, self.vocab_size, step):
+            rows = slice(start, min(start + step, self.vocab_size))
+            yield rows, self.weight_VD[rows].to(self.dtype)
+
+    def logits(self, hidden_CD: Tensor) -> Tensor:
+        logits_CV = hidden_CD.new_empty(len(hidden_CD), self.vocab_size)
+        for rows, block_BD in self._blocks():
+            torch.mm(hidden_CD, block_BD.T, out=logits_CV[:, rows])
+        return logits_CV
+
+    def grad_hidden(self, grad_CV: Tensor) -> Tensor:
+        grad_CD = grad_CV.new_zeros(len(grad_CV), self.weight_VD.shape[1])
+        for rows, block_BD in self._blocks():
+            grad_CD.addmm_(grad_CV[:, rows], block_BD)
+        return grad_CD
+
+    def add_grad(self, grad_CV: Tensor, hidden_CD: Tensor) -> None:
+        if self.grad_VD is not None:
+            self.grad_VD[: self.vocab_size].addmm_(grad_CV.T, hidden_CD)
+
+
+def _teacher(
+    ids_NK: Tensor, logprobs_NK: Tensor, tail_N: Tensor | None, options: _Options
+) -> _Support:
+    if tail_N is None:
+        real_NK = ids_NK >= 0
+        mass_N = logprobs_NK.double().exp().masked_fill(~real_NK, 0.0).sum(-1)
+        tail_N = torch.log1p(-mass_N.clamp(max=1.0))
+        tail_N = tail_N.masked_fill(real_NK.sum(-1) == options.vocab_size, _NEG_INF)
+    return _Support(ids_NK, logprobs_NK, tail_N)
+
+
+def _options(
+    lm_head_VD: Tensor,
+    kind: str,
+    chunk_rows: int,
+    beta: float,
+    tail_floor_nats: float,
+    vocab_size: int,
+) -> _Options:
+    if kind not in _KINDS:
+        raise SpecError("loss.kind", repr(kind), f"{' | '.join(_KINDS)} (others not available yet)")
+    if chunk_rows < 1:
+        raise SpecError("chunk_rows", str(chunk_rows), "at least 1")
+    if vocab_size > len(lm_head_VD):
+        raise SpecError("vocab_size", str(vocab_size), f"at most the head's {len(lm_head_VD)} rows")
+    return _Options(kind, chunk_rows, beta, tail_floor_nats, vocab_size, torch.is_grad_enabled())
+
+
+def _check_shapes(
+    hidden_ND: Tensor, lm_head_VD: Tensor, teacher: _Support, *per_token: Tensor
+) -> None:
+    n, width = len(hidden_ND), teacher.ids_NK.shape[-1]
+    expected: list[tuple[Tensor, tuple[int, ...]]] = [
+        (hidden_ND, (n, lm_head_VD.shape[-1])),
+        (teacher.ids_NK, (n, width)),
+    ]
+    expected += [(teacher.logprobs_NK, (n, width)), (teacher.tail_N, (n,))]
+    expected += [(tensor, (n,)) for tensor in per_token]
+    for tensor, shape in expected:
+        if tuple(tensor.shape) != shape:
+            raise SpecError("kept_loss", f"shape {tuple(tensor.shape)}", f"{shape} by its fellows")
