@@ -39,7 +39,9 @@ def list_of(kind: pa.DataType) -> pa.ListType:
 
 def rows_of(kind: pa.DataType, width: int) -> pa.ListType:
     """list<fixed_size_list<kind, width>>: `width` values for each token of a row."""
-    return list_of(pa.list_(pa.field("item", kind, nullable=False), width))
+    # The innermost values are never null either, but pyarrow's pickle (so Ray) forgets that of a
+    # fixed-size list: a type that says so would come out of an actor call as another type.
+    return list_of(pa.list_(kind, width))
 
 
 KEY_FIELDS = (
