@@ -1,0 +1,409 @@
+"""TeacherActor: ROLLOUTS -> SCORES, TARGETS.
+
+The trunk reads whole rows, batched by length; the LM head then runs on response positions only, a
+few rows of logits at a time. The logits at input t - 1 predict token t.
+
+B  rows of a batch          T  padded inputs of a row       D  width of a hidden state
+N  response tokens          C  tokens of one chunk          V  shared vocabulary
+K  student's support        W  target support: K, or 2K for a union, with id -1 = padding
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from tip_ray.compute.divergence import (
+    drop_ids_,
+    row_statistics,
+    support_divergence,
+    tail_logprob,
+)
+from tip_ray.compute.packing import length_buckets, pad_right, to_tensor
+from tip_ray.contract import tables
+from tip_ray.contract.errors import SpecError, TableError
+from tip_ray.contract.headers import Quarantined, TeacherHeader
+from tip_ray.contract.spec import TeacherSpec
+from tip_ray.contract.tables import SCORES, TOP_SHOWN, column, offsets
+from tip_ray.stages.models import load_causal_lm, path_on_this_node, trunk_and_head
+
+FloatArray = npt.NDArray[np.float32]
+_TOKEN_COLUMNS = ("loss_mask", "student_logprob", "student_entropy", "student_tail_logprob",
+                  "student_topk_ids", "student_topk_logprobs")  # fmt: skip
+
+
+class _Student(NamedTuple):
+    """What the teacher is compared with at some tokens; harmless numbers where loss_mask is 0."""
+
+    sampled_ids_N: Tensor
+    topk_ids_NK: Tensor
+    topk_logprobs_NK: Tensor
+    tail_N: Tensor
+
+    def chunk(self, rows: slice | Tensor, device: torch.device) -> _Student:
+        return _Student(*(one[rows].to(device) for one in self))
+
+
+class _Scored(NamedTuple):
+    """The teacher's numbers at some tokens, in nats."""
+
+    support_ids_NW: Tensor
+    logprobs_NW: Tensor
+    tail_N: Tensor
+    sampled_N: Tensor
+    top_ids_N5: Tensor
+    top_logprobs_N5: Tensor
+    entropy_N: Tensor
+    reverse_kl_N: Tensor
+    forward_kl_N: Tensor
+    mass_N: Tensor  # the teacher's probability on the student's support
+    finite_N: Tensor  # bool
+
+    def in_order_of(self, tokens_N: Tensor) -> _Scored:
+        """These numbers, which belong to the tokens `tokens_N`, by ascending token."""
+        back_N = torch.argsort(tokens_N)
+        return _Scored(*(one[back_N] for one in self))
+
+
+class TeacherActor:
+    """One teacher replica: holds the model, keeps nothing between calls.
+
+    Args:
+        teacher: its part of the spec.
+        model_path: the local checkpoint directory that the driver resolved.
+        vocab_size: V, shared with the student.
+        k: K, at most V.
+        support_source: whose top-K the targets are on: student | teacher | union.
+        tail_floor_nats: floor of both tails' log-mass in the divergences.
+
+    Raises:
+        SpecError: the model cannot be loaded, or does not fit the replica's devices.
+    """
+
+    def __init__(
+        self,
+        teacher: TeacherSpec,
+        model_path: str,
+        vocab_size: int,
+        k: int,
+        support_source: str,
+        tail_floor_nats: float,
+    ) -> None:
+        torch.set_num_threads(teacher.num_cpus)
+        self._spec, self._k, self._vocab_size = teacher, k, vocab_size
+        self._source, self._floor = support_source, tail_floor_nats
+        path = path_on_this_node(model_path, teacher.model, teacher.revision, "teacher.model")
+        model = load_causal_lm(
+            path,
+            teacher.dtype,
+            teacher.trust_remote_code,
+            "balanced" if teacher.num_gpus > 1 else None,
+            "teacher.model",
+        )
+        if teacher.num_gpus == 1:
+            model = model.to("cuda")
+        if teacher.num_gpus and any(one.device.type != "cuda" for one in model.parameters()):
+            found = f"{teacher.num_gpus}: {teacher.model} does not fit"
+            raise SpecError("teacher.num_gpus", found, "devices that hold the whole model")
+        self._trunk, head_VD = trunk_and_head(model, "teacher.model")
+        # Rows that only the teacher's padded head has are cut off: no softmax ever sees them.
+        self._head_VD = head_VD.detach()[:vocab_size]
+        self._input_device = model.get_input_embeddings().weight.device
+
+    def ping(self) -> None:
+        """Answer that the actor is alive."""
+
+    def score(self, *rollouts: pa.Table) -> tuple[TeacherHeader, pa.Table, pa.Table]:
+        """Score all rows of some ROLLOUTS tables: (header, SCORES, TARGETS), in their order.
+
+        A row that no replica could score is named in the header's `quarantined` and is absent
+        from both tables. Where loss_mask is 0, the numbers of SCORES are 0.
+
+        Raises:
+            TableError: a table does not conform, or its token columns differ in length.
+        """
+        started = time.perf_counter()
+        table = tables.concat(rollouts, tables.rollouts_schema(self._k))
+        reasons = refusals(table, self._vocab_size)
+        quarantined = [_quarantine(table, row, reason) for row, reason in reasons.items()]
+        table = _without_rows(table, list(reasons))
+
+        scored = self._score_tokens(table)
+        poisoned = _rows_of(table, (column(table, "loss_mask") == 1) & ~scored.finite_N.numpy())
+        quarantined += [
+            _quarantine(table, row, "the teacher's log-probabilities are not finite")
+            for row in poisoned
+        ]
+        scored, table = _without_tokens(table, scored, poisoned), _without_rows(table, poisoned)
+        scores, targets = _scores_table(table, scored), _targets_table(table, scored)
+        header = _header(table, scored, scores, quarantined, time.perf_counter() - started)
+        return header, scores, targets
+
+    @torch.inference_mode()
+    def _score_tokens(self, table: pa.Table) -> _Scored:
+        """All response tokens of `table`, in its order, on the CPU."""
+        student = _student_numbers(table)
+        parts, order = [], []
+        for hidden_ND, tokens_N in self._hidden_states(table):
+            order.append(tokens_N)
+            for start in range(0, len(tokens_N), self._spec.chunk_rows):
+                rows = slice(start, start + self._spec.chunk_rows)
+                chunk = student.chunk(tokens_N[rows], self._head_VD.device)
+                parts.append(self._score_chunk(hidden_ND[rows], chunk))
+        if not parts:  # no row, or none with a response
+            nothing_ND = self._head_VD.new_empty((0, self._head_VD.shape[1]))
+            return self._score_chunk(nothing_ND, student.chunk(slice(0), nothing_ND.device))
+        whole = _Scored(*(torch.cat(one) for one in zip(*parts, strict=True)))
+        return whole.in_order_of(torch.cat(order))
+
+    def _hidden_states(self, table: pa.Table) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batch by batch: the hidden state that predicts each response token, and its index."""
+        inputs, prompt_lengths = _inputs(table)
+        starts = offsets(table, "response_ids")
+        lengths = np.array([len(one) for one in inputs], np.int64)
+        for rows in length_buckets(lengths, self._spec.max_batch_tokens):
+            ids_BT = pad_right([inputs[row] for row in rows])
+            places, tokens = [], []
+            for place, row in enumerate(rows):
+                first = place * ids_BT.shape[1] + prompt_lengths[row] - 1
+                places.append(first + np.arange(starts[row + 1] - starts[row]))
+                tokens.append(np.arange(starts[row], starts[row + 1]))
+            # Padding stands on the right of a causal model: no mask is needed.
+            ids_BT = ids_BT.to(self._input_device)
+            hidden_BTD = self._trunk(input_ids=ids_BT, use_cache=False).last_hidden_state
+            places_N = torch.from_numpy(np.concatenate(places)).to(hidden_BTD.device)
+            hidden_ND = hidden_BTD.flatten(0, 1)[places_N].to(self._head_VD.device)
+            del hidden_BTD  # of the padded batch only what the head reads stays
+            yield hidden_ND, torch.from_numpy(np.concatenate(tokens))
+
+    def _score_chunk(self, hidden_CD: Tensor, student: _Student) -> _Scored:
+        logits_CV = head_logits(hidden_CD, self._head_VD)
+        width = min(max(self._k, TOP_SHOWN), self._vocab_size)
+        statistics = row_statistics(logits_CV, width, self._vocab_size)
+        logprobs_CV = logits_CV.sub_(statistics.log_normalizer_N[:, None])
+        on_student_CK = logprobs_CV.gather(1, student.topk_ids_NK)
+        sampled_C = logprobs_CV.gather(1, student.sampled_ids_N[:, None]).squeeze(1)
+        support_ids_CW = self._support(student.topk_ids_NK, statistics.topk_ids_NK[:, : self._k])
+        on_support_CW = _gather_padded(logprobs_CV, support_ids_CW)
+        support_tail_C = tail_logprob(logprobs_CV, support_ids_CW)
+        # In place and last: the log-probabilities are not read again.
+        student_tail_C = drop_ids_(logprobs_CV, student.topk_ids_NK).logsumexp(-1)
+        reverse_C, forward_C = support_divergence(
+            student.topk_logprobs_NK, student.tail_N, on_student_CK, student_tail_C, self._floor
+        )
+        finite_C = on_student_CK.isfinite().all(1) & sampled_C.isfinite() & ~support_tail_C.isnan()
+        scored = _Scored(
+            support_ids_CW,
+            on_support_CW,
+            support_tail_C,
+            sampled_C,
+            _padded(statistics.topk_ids_NK[:, :TOP_SHOWN], -1),
+            _padded(statistics.topk_logprobs_NK[:, :TOP_SHOWN], -torch.inf),
+            statistics.entropy_N,
+            reverse_C,
+            forward_C,
+            on_student_CK.exp().sum(1),
+            finite_C & statistics.entropy_N.isfinite() & (reverse_C + forward_C).isfinite(),
+        )
+        return _Scored(*(one.cpu() for one in scored))
+
+    def _support(self, student_ids_CK: Tensor, teacher_ids_CK: Tensor) -> Tensor:
+        if self._source == "student":
+            return student_ids_CK
+        if self._source == "teacher":
+            return teacher_ids_CK
+        known_CK = (teacher_ids_CK[:, :, None] == student_ids_CK[:, None, :]).any(-1)
+        return torch.cat([student_ids_CK, teacher_ids_CK.masked_fill(known_CK, -1)], dim=1)
+
+
+def head_logits(hidden_CD: Tensor, head_VD: Tensor) -> Tensor:
+    """Logits [C, V] in float32."""
+    return (hidden_CD @ head_VD.T).float()
+
+
+def refusals(table: pa.Table, vocab_size: int) -> dict[int, str]:
+    """Row -> why no replica could score it, for rows of a ROLLOUTS table; ascending.
+
+    Raises:
+        TableError: a token column differs in length from response_ids.
+    """
+    starts = offsets(table, "response_ids")
+    for name in _TOKEN_COLUMNS:
+        if not np.array_equal(offsets(table, name), starts):
+            raise TableError(f"column {name!r}: lengths differ from response_ids in some row")
+    reasons: dict[int, str] = {}
+    for row in range(table.num_rows):
+        for name in ("prompt_ids", "teacher_prompt_ids"):
+            ids = table.column(name)[row]
+            if ids.is_valid and not _within(ids.values.to_numpy(), vocab_size).all():
+                reasons[row] = f"{name} with an id outside the vocabulary of {vocab_size}"
+            if ids.is_valid and len(ids.values) == 0:
+                reasons[row] = f"{name} is empty: nothing predicts the first response token"
+    for reason, bad_N in _bad_tokens(table, vocab_size):
+        for row in _rows_of(table, bad_N):
+            reasons.setdefault(row, reason)
+    return dict(sorted(reasons.items()))
+
+
+def _bad_tokens(table: pa.Table, vocab_size: int) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
+    """Reason and the tokens it holds for; the student's numbers count at loss tokens only."""
+    outside = f"outside the vocabulary of {vocab_size}"
+    loss_N = column(table, "loss_mask") == 1
+    yield f"response_ids with an id {outside}", ~_within(column(table, "response_ids"), vocab_size)
+    ids_NK = column(table, "student_topk_ids")
+    yield (
+        f"student_topk_ids with an id {outside}",
+        loss_N & ~_within(ids_NK, vocab_size).all(axis=1),
+    )
+    twice_N = (np.diff(np.sort(ids_NK, axis=1), axis=1) == 0).any(axis=1)
+    yield "student_topk_ids with an id twice", loss_N & twice_N
+    for name in ("student_logprob", "student_entropy", "student_topk_logprobs"):
+        finite = np.isfinite(column(table, name))
+        finite_N = finite if finite.ndim == 1 else finite.all(axis=1)
+        yield f"{name} is not finite", loss_N & ~finite_N
+    tail_N = column(table, "student_tail_logprob")  # -inf: nothing is outside the support
+    yield "student_tail_logprob is not a number", loss_N & ~(tail_N < np.inf)
+
+
+def _within(ids: npt.NDArray[np.int32], vocab_size: int) -> npt.NDArray[np.bool_]:
+    return (ids >= 0) & (ids < vocab_size)
+
+
+def _rows_of(table: pa.Table, tokens_N: npt.NDArray[np.bool_]) -> list[int]:
+    """Rows with at least one of the marked tokens, ascending."""
+    starts = offsets(table, "response_ids")
+    rows = np.searchsorted(starts, np.flatnonzero(tokens_N), side="right") - 1
+    return [int(row) for row in np.unique(rows)]
+
+
+def _quarantine(table: pa.Table, row: int, reason: str) -> Quarantined:
+    one = table.slice(row, 1)
+    return Quarantined(tables.keys(one)[0], one.column("prompt_uid")[0].as_py(), "teacher", reason)
+
+
+def _student_numbers(table: pa.Table) -> _Student:
+    loss_N = torch.from_numpy(column(table, "loss_mask") == 1)
+
+    def safe(name: str, dtype: torch.dtype) -> Tensor:
+        values = to_tensor(column(table, name), dtype)
+        return values.masked_fill(~loss_N.view(-1, *[1] * (values.ndim - 1)), 0)
+
+    return _Student(
+        torch.from_numpy(column(table, "response_ids").astype(np.int64)),
+        safe("student_topk_ids", torch.int64),
+        safe("student_topk_logprobs", torch.float32),
+        safe("student_tail_logprob", torch.float32),
+    )
+
+
+def _inputs(table: pa.Table) -> tuple[list[npt.NDArray[np.int64]], list[int]]:
+    """What the trunk reads of each row (the last token predicts nothing), and prompt lengths."""
+    starts, response_ids = offsets(table, "response_ids"), column(table, "response_ids")
+    inputs, prompt_lengths = [], []
+    for row in range(table.num_rows):
+        prompt = table.column("teacher_prompt_ids")[row]
+        if not prompt.is_valid:
+            prompt = table.column("prompt_ids")[row]
+        prompt_ids = prompt.values.to_numpy()
+        before_last = max(starts[row + 1] - 1, starts[row])
+        response = response_ids[starts[row] : before_last]
+        inputs.append(np.concatenate([prompt_ids, response]).astype(np.int64))
+        prompt_lengths.append(len(prompt_ids))
+    return inputs, prompt_lengths
+
+
+def _gather_padded(logprobs_CV: Tensor, ids_CW: Tensor) -> Tensor:
+    return logprobs_CV.gather(1, ids_CW.clamp(min=0)).masked_fill_(ids_CW < 0, -torch.inf)
+
+
+def _padded(values_CJ: Tensor, fill: float) -> Tensor:
+    missing = TOP_SHOWN - values_CJ.shape[1]
+    return torch.nn.functional.pad(values_CJ, (0, missing), value=fill)
+
+
+def _without_rows(table: pa.Table, rows: Sequence[int]) -> pa.Table:
+    if not rows:
+        return table
+    keep = np.setdiff1d(np.arange(table.num_rows), np.asarray(rows, np.int64))
+    return table.take(pa.array(keep)).combine_chunks()
+
+
+def _without_tokens(table: pa.Table, scored: _Scored, rows: Sequence[int]) -> _Scored:
+    """`scored`, which belongs to `table`, without the tokens of some rows."""
+    if not rows:
+        return scored
+    keep = np.isin(np.arange(table.num_rows), rows, invert=True)
+    keep_N = torch.from_numpy(keep.repeat(np.diff(offsets(table, "response_ids"))))
+    return _Scored(*(one[keep_N] for one in scored))
+
+
+def _scores_table(table: pa.Table, scored: _Scored) -> pa.Table:
+    mask_N = column(table, "loss_mask")
+
+    def masked(values_N: FloatArray) -> FloatArray:
+        return np.where(mask_N == 1, values_N, np.float32(0))
+
+    return _token_table(
+        table,
+        SCORES,
+        {
+            "student_entropy": masked(column(table, "student_entropy")),
+            "reverse_kl": masked(scored.reverse_kl_N.numpy()),
+            "forward_kl": masked(scored.forward_kl_N.numpy()),
+            "teacher_entropy": masked(scored.entropy_N.numpy()),
+            "loss_mask": mask_N,
+        },
+    )
+
+
+def _targets_table(table: pa.Table, scored: _Scored) -> pa.Table:
+    return _token_table(
+        table,
+        tables.targets_schema(scored.support_ids_NW.shape[1]),
+        {
+            "support_ids": scored.support_ids_NW.numpy().astype(np.int32),
+            "teacher_logprobs": scored.logprobs_NW.numpy(),
+            "teacher_tail_logprob": scored.tail_N.numpy(),
+            "teacher_sampled_logprob": scored.sampled_N.numpy(),
+            "teacher_top_ids": scored.top_ids_N5.numpy().astype(np.int32),
+            "teacher_top_logprobs": scored.top_logprobs_N5.numpy(),
+        },
+    )
+
+
+def _token_table(
+    table: pa.Table, schema: pa.Schema, values: dict[str, npt.NDArray[np.generic]]
+) -> pa.Table:
+    """A table of `schema` with the key of `table` and a value for each of its response tokens."""
+    starts = offsets(table, "response_ids")
+    columns = {name: table.column(name) for name in tables.KEY_COLUMNS}
+    for name, flat in values.items():
+        columns[name] = tables.list_array(flat, starts, schema.field(name).type)
+    return tables.build(schema, columns)
+
+
+def _header(
+    table: pa.Table,
+    scored: _Scored,
+    scores: pa.Table,
+    quarantined: list[Quarantined],
+    busy_s: float,
+) -> TeacherHeader:
+    loss_N = column(table, "loss_mask") == 1
+    student_mass_N = np.exp(column(table, "student_topk_logprobs")[loss_N], dtype=np.float64).sum(1)
+    return TeacherHeader(
+        keys=tuple(tables.keys(table)),
+        loss_tokens=int(loss_N.sum()),
+        student_mass_sum=float(student_mass_N.sum()),
+        teacher_mass_sum=float(scored.mass_N.numpy()[loss_N].sum(dtype=np.float64)),
+        scores_bytes=tables.nbytes(scores),
+        busy_s=busy_s,
+        quarantined=tuple(quarantined),
+    )
