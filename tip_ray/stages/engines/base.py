@@ -5,7 +5,7 @@ K  width of the recorded support        m  response tokens, the final EOS includ
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -69,10 +69,17 @@ class EngineConfig:
 class Engine(Protocol):
     """Empty between calls of `generate`: weights change only then."""
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[list[Finished]]:
-        """Yield responses as they finish; every request comes back exactly once."""
+    def generate(self, requests: Sequence[Request]) -> Generator[list[Finished], None, None]:
+        """Yield responses as they finish; every request comes back exactly once.
+
+        Closing the generator before its end aborts what is unfinished.
+        """
         ...
 
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace all weights (Hugging Face names) and forget every cached prefix."""
+        ...
+
+    def close(self) -> None:
+        """Free the device and end worker processes; the engine is unusable afterwards."""
         ...
