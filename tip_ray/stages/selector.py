@@ -9,7 +9,6 @@ N  loss tokens of the step        T  response tokens of the step        R  rows 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import pyarrow as pa
 from tip_ray.compute.selection import (
     balance_rows,
     loss_weights,
+    normalised_entropy,
     quadrant_thresholds,
     quadrants,
     quantile_lower,
@@ -44,7 +44,7 @@ class _Step:
     offsets: npt.NDArray[np.int64]  # [R + 1] into response tokens
     is_loss: npt.NDArray[np.bool_]  # [T]
     loss_offsets: npt.NDArray[np.int64]  # [R + 1] into loss tokens
-    entropy: FloatArray  # [N] normalised to [0, 1]
+    entropy: npt.NDArray[np.float64]  # [N] normalised to [0, 1]
     student_entropy: FloatArray  # [N] nats
     reverse_kl: FloatArray  # [N] nats
     forward_kl: FloatArray  # [N] nats
@@ -71,8 +71,7 @@ class SelectorActor:
         seed: int,
     ) -> None:
         self._selection, self._loss, self._seed = selection, loss, seed
-        self._log_vocab_nats = math.log(vocab_size)
-        self._ranks, self._samples = ranks, samples
+        self._vocab_size, self._ranks, self._samples = vocab_size, ranks, samples
 
     def select(
         self,
@@ -104,11 +103,8 @@ class SelectorActor:
             row_keys=tables.keys(table),
         )
         coefficient_N = loss_weights(keep_N, weight_N, step.loss_offsets, self._loss.normalize)
-        own = QuadrantThresholds(
-            *quadrant_thresholds(
-                step.entropy, step.reverse_kl, self._selection.quadrant_quantiles
-            )
-        )
+        quantiles = self._selection.quadrant_quantiles
+        own = quadrant_thresholds(step.entropy, step.reverse_kl, quantiles)
         quadrant_N = quadrants(step.entropy, step.reverse_kl, own.entropy, own.divergence)
         keep = self._keep_table(step, keep_N, coefficient_N, quadrant_N, row_tokens)
         header = self._header(step, int(keep_N.sum()), quadrant_N, frozen or own, keep, began)
@@ -122,7 +118,7 @@ class SelectorActor:
             name: tables.column(table, name)[is_loss]
             for name in ("student_entropy", "reverse_kl", "forward_kl", "teacher_entropy")
         }
-        entropy = np.clip(values["student_entropy"] / self._log_vocab_nats, 0.0, 1.0)
+        entropy = normalised_entropy(values["student_entropy"], self._vocab_size)
         return _Step(table, offsets, is_loss, loss_before[offsets], entropy, **values)
 
     def _keep_table(

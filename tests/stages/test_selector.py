@@ -1,0 +1,216 @@
+"""The selector and the cut against a row-by-row reference in plain Python."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from tests.tables_made import MadeStep, made_step, row_tokens
+from tip_ray.contract import tables
+from tip_ray.contract.errors import TableError
+from tip_ray.contract.headers import QuadrantThresholds
+from tip_ray.contract.spec import LossSpec, SelectionSpec
+from tip_ray.stages.cut import cut
+from tip_ray.stages.selector import SelectorActor
+
+VOCAB = 50
+
+
+def selector(
+    rule: str = "soft_or",
+    *,
+    ranks: int = 1,
+    samples: int = 2,
+    normalize: str = "token",
+    retention: float = 0.5,
+) -> SelectorActor:
+    options = {} if rule == "all" else {"retention": retention}
+    return SelectorActor(
+        SelectionSpec(rule=rule, **options),
+        LossSpec(normalize=normalize),
+        vocab_size=VOCAB,
+        ranks=ranks,
+        samples=samples,
+        seed=3,
+    )
+
+
+def reference_kept(made: MadeStep, retention: float) -> dict[tables.Key, list[int]]:
+    """soft_or by the formulas of TIP, token by token."""
+    rows = made.scores.to_pylist()
+    flat = [
+        (entropy / math.log(VOCAB), divergence)
+        for row in rows
+        for entropy, divergence, mask in zip(
+            row["student_entropy"], row["reverse_kl"], row["loss_mask"], strict=True
+        )
+        if mask
+    ]
+    clip = sorted(h for h, _ in flat)[math.floor(0.98 * (len(flat) - 1))]
+    low_h, high_h = min(min(h, clip) for h, _ in flat), clip
+    low_d, high_d = min(d for _, d in flat), max(d for _, d in flat)
+    kept = {}
+    for key, row in zip(tables.keys(made.scores), rows, strict=True):
+        scored = []
+        for position, mask in enumerate(row["loss_mask"]):
+            if mask:
+                h = min(row["student_entropy"][position] / math.log(VOCAB), clip)
+                h = (h - low_h) / (high_h - low_h)
+                d = (row["reverse_kl"][position] - low_d) / (high_d - low_d)
+                scored.append((-(1 - (1 - h) * (1 - d)), position))
+        count = math.floor(retention * len(scored) + 1e-9)
+        count = max(count, min(1, len(scored)))
+        kept[key] = sorted(position for _, position in sorted(scored)[:count])
+    return kept
+
+
+@pytest.fixture
+def made() -> MadeStep:
+    return made_step(np.random.default_rng(0), rows=12, vocab_size=VOCAB)
+
+
+def test_soft_or_keeps_what_the_formulas_say(made: MadeStep) -> None:
+    header, keep = selector().select(row_tokens(made.rollouts), None, made.scores)
+    expected = reference_kept(made, 0.5)
+    found = dict(zip(tables.keys(keep), keep.column("kept").to_pylist(), strict=True))
+    assert found == expected
+    assert header.kept_tokens == sum(map(len, expected.values()))
+    assert header.loss_tokens == int(tables.column(made.scores, "loss_mask").sum())
+
+
+@pytest.mark.parametrize("rule", ["all", "random", "entropy", "soft_or"])
+def test_order_and_sharding_of_scores_change_nothing(made: MadeStep, rule: str) -> None:
+    shuffled = made.scores.take(np.random.default_rng(1).permutation(made.scores.num_rows))
+    parts = [shuffled.slice(0, 5), shuffled.slice(5)]
+    one = selector(rule).select(row_tokens(made.rollouts), None, made.scores)[1]
+    many = selector(rule).select(row_tokens(made.rollouts), None, *parts, made.scores.slice(2, 1))
+    assert many[1].equals(one)
+
+
+def test_masked_tokens_are_never_kept_and_have_no_quadrant(made: MadeStep) -> None:
+    _, keep = selector("all").select(row_tokens(made.rollouts), None, made.scores)
+    for kept, quadrant, mask in zip(
+        keep.column("kept").to_pylist(),
+        keep.column("quadrant").to_pylist(),
+        made.scores.column("loss_mask").to_pylist(),
+        strict=True,
+    ):
+        assert kept == [position for position, one in enumerate(mask) if one]
+        assert [q > 0 for q in quadrant] == [bool(one) for one in mask]
+
+
+@pytest.mark.parametrize("normalize", ["token", "rollout"])
+def test_weights_hold_the_normalisation(made: MadeStep, normalize: str) -> None:
+    _, keep = selector(normalize=normalize).select(row_tokens(made.rollouts), None, made.scores)
+    weights = [row for row in keep.column("weight").to_pylist() if row]
+    total = sum(map(len, weights))
+    for row in weights:
+        expected = 1 / total if normalize == "token" else 1 / (len(row) * len(weights))
+        assert row == pytest.approx([expected] * len(row))
+
+
+def test_frozen_thresholds_are_those_of_the_first_step(made: MadeStep) -> None:
+    first, _ = selector().select(row_tokens(made.rollouts), None, made.scores)
+    assert first.frozen_shares == first.quadrant_shares
+    given = QuadrantThresholds(entropy=2.0, divergence=5.0)  # nothing is above them
+    later, _ = selector().select(row_tokens(made.rollouts), given, made.scores)
+    assert later.frozen_shares == (0.0, 0.0, 0.0, 1.0)
+    assert later.frozen_thresholds == given
+    assert later.quadrant_shares == first.quadrant_shares
+
+
+def test_rows_are_balanced_over_ranks_by_the_inputs_they_need(made: MadeStep) -> None:
+    _, keep = selector(ranks=3).select(row_tokens(made.rollouts), None, made.scores)
+    loads = [0, 0, 0]
+    longest = 0
+    for row, made_row in zip(keep.to_pylist(), made.rollouts.to_pylist(), strict=True):
+        if row["kept"]:
+            inputs = len(made_row["prompt_ids"]) + row["kept"][-1]
+            loads[row["rank"]] += inputs
+            longest = max(longest, inputs)
+        else:
+            assert row["rank"] == -1
+    assert max(loads) - min(loads) <= longest
+
+
+def test_missing_and_unasked_scores_are_refused(made: MadeStep) -> None:
+    asked = row_tokens(made.rollouts)
+    with pytest.raises(TableError, match="no scores of"):
+        selector().select(asked, None, made.scores.slice(1))
+    asked.pop((1, 0, 0))
+    with pytest.raises(TableError, match="unasked"):
+        selector().select(asked, None, made.scores)
+
+
+@pytest.fixture
+def cut_made(made: MadeStep) -> tuple[MadeStep, pa.Table, tuple]:
+    _, keep = selector(ranks=2, samples=3).select(row_tokens(made.rollouts), None, made.scores)
+    order = np.random.default_rng(2).permutation(made.rollouts.num_rows)
+    parts = [made.rollouts.take(order[:4]), made.rollouts.take(order[4:])]
+    return made, keep, cut(2, keep, made.scores, made.targets, *parts)
+
+
+def test_selected_holds_just_what_kept_tokens_need(cut_made: tuple) -> None:
+    made, keep, (_, _, *selected) = cut_made
+    by_key = {key: row for key, row in zip(tables.keys(keep), keep.to_pylist(), strict=True)}
+    rollout = dict(zip(tables.keys(keep), made.rollouts.to_pylist(), strict=True))
+    target = dict(zip(tables.keys(keep), made.targets.to_pylist(), strict=True))
+    seen = []
+    for rank, table in enumerate(selected):
+        for key, row in zip(tables.keys(table), table.to_pylist(), strict=True):
+            seen.append(key)
+            kept = by_key[key]["kept"]
+            assert by_key[key]["rank"] == rank
+            whole = rollout[key]["prompt_ids"] + rollout[key]["response_ids"]
+            prompt = len(rollout[key]["prompt_ids"])
+            assert row["input_ids"] == whole[: prompt + kept[-1]]
+            assert row["kept_positions"] == [prompt + position - 1 for position in kept]
+            assert row["kept_weight"] == by_key[key]["weight"]
+            assert row["sampled_ids"] == [whole[prompt + position] for position in kept]
+            for ours, source in (
+                ("student_logprob", rollout),
+                ("support_ids", target),
+                ("teacher_logprobs", target),
+                ("teacher_tail_logprob", target),
+            ):
+                assert row[ours] == [source[key][ours][position] for position in kept]
+    assert sorted(seen) == sorted(key for key, row in by_key.items() if row["kept"])
+
+
+def test_samples_are_whole_rows_with_their_kept_tokens_marked(cut_made: tuple) -> None:
+    made, keep, (_, samples, *_) = cut_made
+    assert samples.num_rows == 3
+    by_key = {key: row for key, row in zip(tables.keys(keep), keep.to_pylist(), strict=True)}
+    rollout = dict(zip(tables.keys(keep), made.rollouts.to_pylist(), strict=True))
+    for key, row in zip(tables.keys(samples), samples.to_pylist(), strict=True):
+        assert row["response_ids"] == rollout[key]["response_ids"]
+        kept = [position for position, one in enumerate(row["kept"]) if one]
+        assert kept == by_key[key]["kept"]
+        assert [ids[:4] for ids in row["student_top_ids"]] == rollout[key]["student_topk_ids"]
+        assert all(ids[4] == -1 for ids in row["student_top_ids"])  # K is 4
+
+
+def test_bytes_left_out_are_what_keeping_all_would_have_sent(made: MadeStep) -> None:
+    asked = row_tokens(made.rollouts)
+    _, half = selector("soft_or").select(asked, None, made.scores)
+    _, whole = selector("all").select(asked, None, made.scores)
+    pruned, *_ = cut(1, half, made.scores, made.targets, made.rollouts)
+    all_kept, *_ = cut(1, whole, made.scores, made.targets, made.rollouts)
+    assert sum(pruned.selected_bytes) < 0.75 * sum(all_kept.selected_bytes)
+    # An unkept last token leaves its row's inputs shorter by what follows the last kept one.
+    assert pruned.unpruned_bytes == pytest.approx(sum(all_kept.selected_bytes), rel=0.05)
+
+
+def test_a_step_in_which_nothing_is_kept_still_cuts(made: MadeStep) -> None:
+    masks = [[0] * len(row) for row in made.scores.column("loss_mask").to_pylist()]
+    place = made.scores.schema.get_field_index("loss_mask")
+    field = tables.SCORES.field("loss_mask")
+    scores = made.scores.set_column(place, field, pa.array(masks, type=field.type))
+    header, keep = selector(ranks=2).select(row_tokens(made.rollouts), None, scores)
+    assert header.kept_tokens == 0
+    _, samples, *selected = cut(2, keep, scores, made.targets, made.rollouts)
+    assert [table.num_rows for table in selected] == [0, 0]
+    assert samples.num_rows == 2

@@ -1,0 +1,110 @@
+"""Tables with made-up but consistent contents, for tests of what lies between the models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from tip_ray.contract import tables
+
+
+@dataclass
+class MadeStep:
+    """One step's rollouts, scores and targets, row by row."""
+
+    rollouts: pa.Table
+    scores: pa.Table
+    targets: pa.Table
+
+
+def made_step(
+    rng: np.random.Generator,
+    *,
+    rows: int = 6,
+    k: int = 4,
+    width: int | None = None,
+    step: int = 1,
+    masked: bool = True,
+    vocab_size: int = 50,
+) -> MadeStep:
+    """`rows` rollouts of 1 to 9 response tokens after prompts of 1 to 5."""
+    width = width or k
+    prompt = [rng.integers(0, vocab_size, rng.integers(1, 6)).tolist() for _ in range(rows)]
+    response = [rng.integers(0, vocab_size, rng.integers(1, 10)).tolist() for _ in range(rows)]
+    mask = [
+        (rng.random(len(row)) > 0.3).astype(int).tolist() if masked else [1] * len(row)
+        for row in response
+    ]
+    key = {
+        "step": [step] * rows,
+        "slot": [row // 2 for row in range(rows)],
+        "sample_index": [row % 2 for row in range(rows)],
+        "attempt": [0] * rows,
+        "prompt_uid": [f"uid-{row // 2}" for row in range(rows)],
+    }
+
+    def floats() -> list[list[float]]:
+        return [rng.random(len(row)).astype(np.float32).tolist() for row in response]
+
+    def wide(count: int) -> list[list[list[float]]]:
+        return [(-rng.random((len(row), count))).tolist() for row in response]
+
+    def ids(count: int) -> list[list[list[int]]]:
+        return [
+            [rng.permutation(vocab_size)[:count].tolist() for _ in range(len(row))]
+            for row in response
+        ]
+
+    student_entropy = floats()
+    rollouts = tables.build(
+        tables.rollouts_schema(k),
+        {
+            **key,
+            "prompt_ids": prompt,
+            "teacher_prompt_ids": [None] * rows,
+            "response_ids": response,
+            "loss_mask": mask,
+            "student_logprob": floats(),
+            "student_entropy": student_entropy,
+            "student_topk_ids": ids(k),
+            "student_topk_logprobs": wide(k),
+            "student_tail_logprob": floats(),
+            "weight_version": [step - 1] * rows,
+            "finish_reason": ["stop"] * rows,
+            "reward": [None] * rows,
+        },
+    )
+    scores = tables.build(
+        tables.SCORES,
+        {
+            **key,
+            "student_entropy": student_entropy,
+            "reverse_kl": floats(),
+            "forward_kl": floats(),
+            "teacher_entropy": floats(),
+            "loss_mask": mask,
+        },
+    )
+    targets = tables.build(
+        tables.targets_schema(width),
+        {
+            **key,
+            "support_ids": ids(width),
+            "teacher_logprobs": wide(width),
+            "teacher_tail_logprob": floats(),
+            "teacher_sampled_logprob": floats(),
+            "teacher_top_ids": ids(tables.TOP_SHOWN),
+            "teacher_top_logprobs": wide(tables.TOP_SHOWN),
+        },
+    )
+    return MadeStep(rollouts, scores, targets)
+
+
+def row_tokens(rollouts: pa.Table) -> dict[tables.Key, int]:
+    """Prompt and response tokens by key."""
+    return {
+        key: len(row["prompt_ids"]) + len(row["response_ids"])
+        for key, row in zip(tables.keys(rollouts), rollouts.to_pylist(), strict=True)
+    }
