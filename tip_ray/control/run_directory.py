@@ -163,8 +163,9 @@ class RunDirectory:
         return self.storage.url
 
     def write_spec(self, spec: RunSpec) -> None:
-        """The spec as resolved, secrets blanked."""
-        self.storage.write(SPEC, dump_spec(spec, redact=True).encode())
+        """The spec as resolved: its run_root absolute, secrets blanked."""
+        resolved = spec.model_copy(update={"run_root": self.url.rpartition("/")[0] or "/"})
+        self.storage.write(SPEC, dump_spec(resolved, redact=True).encode())
 
     def write_status(self, status: RunStatus) -> None:
         """Replace status.json, and flush the log beside it.

@@ -1,0 +1,168 @@
+"""argv -> the same public functions that anyone can call.
+
+Nothing heavy is imported before a command has been chosen, so that `--help` is instant.
+Exit codes: 0 done, 1 the run failed, 2 a bad spec or argument, 3 not found, 130 cancelled or SIGINT,
+143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from tip_ray import __version__
+
+SIGINT_EXIT = 130
+USAGE_EXIT = 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_EXIT, f"error: {message}; see `{self.prog} --help`\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.command is None:
+        parser.print_help(sys.stderr)
+        return USAGE_EXIT
+    module, _, function = options.function.partition(":")
+    try:
+        command = getattr(importlib.import_module(f"tip_ray.commands.{module}"), function)
+        code = int(command(options))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of a pipe has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return _report("interrupted", SIGINT_EXIT, options.debug)
+    except Exception as error:  # noqa: BLE001 - the one place that turns errors into lines and codes
+        return _report(_line(error), getattr(error, "exit_code", 1), options.debug)
+
+
+def _report(line: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {line}", file=sys.stderr)
+    return code
+
+
+def _line(error: Exception) -> str:
+    """One line; an error that is not ours is a bug, and says which."""
+    from tip_ray.commands.output import printable
+    from tip_ray.contract.errors import TipRayError
+
+    text = " ".join(printable(str(error)).split())
+    if isinstance(error, TipRayError):
+        return text
+    return f"{type(error).__name__}: {text}; --debug shows where"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="tip-ray",
+        description="On-policy distillation on Ray that drops tokens before they travel.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"tip-ray {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    _add_begin(commands)
+    _add_look(commands)
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, home: str, text: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    parser.set_defaults(function=home)
+    # SUPPRESS: without the option here, one given before the command stands.
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks"
+    )
+    return parser
+
+
+def _add_begin(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    init = _command(commands, "init", "begin:init", "write a commented spec to start from")
+    kinds = ("quickstart", "gsm8k", "math")
+    init.add_argument("kind", nargs="?", default=kinds[0], choices=kinds, help="which one")
+    init.add_argument("file", nargs="?", metavar="FILE", help="default: KIND.yaml")
+
+    run = _command(commands, "run", "begin:run", "the whole run, with this process as its driver")
+    _add_spec(run)
+    run.add_argument("--run-id", metavar="ID", help="default: NAME-YYMMDD-HHMMSS-4HEX")
+    run.add_argument("--ray-address", metavar="ADDR", help="a cluster; default: one of its own")
+    run.add_argument("--dry-run", action="store_true", help="validate, and start nothing")
+
+    validate = _command(
+        commands, "validate", "begin:validate", "check a spec and show the plan; starts nothing"
+    )
+    _add_spec(validate)
+    _command(commands, "schema", "begin:schema", "print the spec's JSON Schema, for editors")
+
+
+def _add_look(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    status = _command(commands, "status", "look:status", "what a run is doing")
+    _add_run(status)
+    status.add_argument("--json", action="store_true", help="every field, as JSON")
+
+    runs = _command(commands, "list", "look:list_all", "all runs, newest first")
+    _add_run_root(runs)
+
+    metrics = _command(commands, "metrics", "look:metrics", "the numbers of every step")
+    _add_run(metrics)
+    metrics.add_argument("--format", choices=("table", "csv", "json"), default="table")
+
+    samples = _command(commands, "samples", "look:samples", "real rollouts, kept tokens marked")
+    _add_run(samples)
+    samples.add_argument("--step", type=int, metavar="N", help="default: the newest")
+
+    report = _command(commands, "report", "look:report", "an HTML page with plots")
+    report.add_argument("run", nargs="+", metavar="RUN", help="one run, or several to compare")
+    _add_run_root(report)
+    report.add_argument("--output", metavar="PATH", help="default: report.html of the one run")
+
+    cancel = _command(
+        commands, "cancel", "look:cancel", "ask a run to stop after its step and a checkpoint"
+    )
+    _add_run(cancel)
+
+
+def _add_spec(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("spec", metavar="SPEC", help="a path or fsspec URL")
+    parser.add_argument(
+        "--set",
+        dest="assignments",
+        action="append",
+        default=[],
+        metavar="A.B=V",
+        help="set a field; may be given several times",
+    )
+    parser.add_argument("--run-root", metavar="URL", help="overrides the spec's run_root")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run id, or a run directory's path or URL")
+    _add_run_root(parser)
+
+
+def _add_run_root(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--run-root", metavar="URL", help="where runs are; default: $TIP_RAY_RUN_ROOT, else runs"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""What a run will ask for, from its spec alone, before anything is started.
+
+Bytes a token count the columns that grow with a response; a row's own key, prompt and list offsets
+come on top. The width W of the targets is K, or 2K where the loss compares a union of supports; a
+vocabulary smaller than K makes both smaller. With retention rho, a response token costs
+
+    rollout -> teacher     17 + 8 K                     ROLLOUTS
+    teacher -> selector    17                           SCORES
+    selector -> cut        1 + 8 rho                    KEEP
+    cut -> learner         4 + rho (20 + 8 W)           SELECTED
+
+The numbers are computed from the schemas, so they follow them.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from tip_ray import demo
+from tip_ray.contract.spec import RunSpec
+from tip_ray.contract.tables import KEEP, SCORES, rollouts_schema, selected_schema
+
+_DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_NOT_GROWING = ("prompt_ids", "teacher_prompt_ids")  # lists, but not of the response
+_OF_EVERY_TOKEN = ("quadrant", "input_ids")  # in KEEP and SELECTED, whether kept or not
+
+
+@dataclass(frozen=True)
+class PoolDemand:
+    """What one pool reserves."""
+
+    name: str
+    replicas: int
+    cpus: int  # of all replicas
+    gpus: int
+
+
+@dataclass(frozen=True)
+class Hop:
+    """One way a token travels."""
+
+    name: str
+    bytes_a_token: float
+    bytes_a_token_unpruned: float
+    bytes_a_step: float  # at most: every response as long as it may be
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The demand of a run."""
+
+    pools: tuple[PoolDemand, ...]
+    rollouts_a_step: int
+    response_tokens_a_step: int  # at most
+    hops: tuple[Hop, ...]
+    weight_sync_bytes: int | None  # a step and rollout replica; None: the student is not local
+
+    @property
+    def cpus(self) -> int:
+        return sum(pool.cpus for pool in self.pools)
+
+    @property
+    def gpus(self) -> int:
+        return sum(pool.gpus for pool in self.pools)
+
+
+def make_plan(spec: RunSpec, vocab_size: int | None = None) -> Plan:
+    """The plan of `spec`; reads nothing but the headers of a local student's weights.
+
+    `vocab_size` is the shared vocabulary's, where it is known: K is at most that.
+    """
+    tokens = spec.rollouts_per_step * spec.rollout.max_response_tokens
+    return Plan(
+        pools=_pools(spec),
+        rollouts_a_step=spec.rollouts_per_step,
+        response_tokens_a_step=tokens,
+        hops=_hops(spec, tokens, vocab_size),
+        weight_sync_bytes=_sync_bytes(spec),
+    )
+
+
+def bytes_a_token(schema: pa.Schema, retention: float = 1.0) -> float:
+    """Bytes that one response token adds to a table of `schema`."""
+    total = 0.0
+    for field in schema:
+        if pa.types.is_list(field.type) and field.name not in _NOT_GROWING:
+            kept_only = schema.equals(KEEP) or "kept_positions" in schema.names
+            share = retention if kept_only and field.name not in _OF_EVERY_TOKEN else 1.0
+            total += share * _width_bytes(field.type.value_type)
+    return total
+
+
+def _width_bytes(kind: pa.DataType) -> int:
+    if pa.types.is_fixed_size_list(kind):
+        return int(kind.list_size) * _width_bytes(kind.value_type)
+    return int(kind.bit_width) // 8
+
+
+def _pools(spec: RunSpec) -> tuple[PoolDemand, ...]:
+    pools = {"rollout": spec.rollout, "teacher": spec.teacher, "learner": spec.learner}
+    demands = [
+        PoolDemand(
+            name, pool.replicas, pool.replicas * pool.num_cpus, pool.replicas * pool.num_gpus
+        )
+        for name, pool in pools.items()
+    ]
+    return (*demands, PoolDemand("selector", 1, 0, 0))
+
+
+def _hops(spec: RunSpec, tokens: int, vocab_size: int | None) -> tuple[Hop, ...]:
+    k, retention = min(spec.support.k, vocab_size or spec.support.k), spec.selection.retention
+    width = 2 * k if spec.support_source == "union" else k
+    schemas = {
+        "rollout -> teacher": rollouts_schema(k),
+        "teacher -> selector": SCORES,
+        "selector -> cut": KEEP,
+        "cut -> learner": selected_schema(width),
+    }
+    hops = []
+    for name, schema in schemas.items():
+        shipped = bytes_a_token(schema, retention)
+        hops.append(Hop(name, shipped, bytes_a_token(schema), shipped * tokens))
+    return tuple(hops)
+
+
+def _sync_bytes(spec: RunSpec) -> int | None:
+    model = spec.student.model
+    known = model.removeprefix(demo.PREFIX) in demo.CHECKPOINTS and model.startswith(demo.PREFIX)
+    directory = demo.checkpoint_path(model) if known else Path(model)
+    parameters = count_parameters(directory)
+    return None if parameters is None else parameters * _DTYPE_BYTES[spec.student.dtype]
+
+
+def count_parameters(directory: Path) -> int | None:
+    """Parameters in a directory's safetensors files, from their headers; None without any."""
+    files = sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
+    return sum(_parameters_in(file) for file in files) if files else None
+
+
+def _parameters_in(path: Path) -> int:
+    """safetensors: 8 bytes little-endian length, then JSON {name: {dtype, shape, ...}}."""
+    total = 0
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(min(length, 100_000_000)))
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            count = 1
+            for extent in tensor["shape"]:
+                count *= extent
+            total += count
+    return total
