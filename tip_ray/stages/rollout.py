@@ -38,6 +38,7 @@ from tip_ray.contract.tables import (
 )
 from tip_ray.runtime.weights import WeightGroup, named_tensors
 from tip_ray.stages.engines.base import Engine, EngineConfig, Finished, Request
+from tip_ray.stages.models import load_tokenizer, path_on_this_node
 
 MIN_ROWS = 8  # rollouts in one table, but for the last: smaller ones cost more than they carry
 NGRAM = 4
@@ -59,13 +60,18 @@ class RolloutActor:
     ) -> None:
         """Load version 0, the checkpoint directory at `model_path`.
 
+        Args:
+            vocab_size: of the shared vocabulary; ids from there on are never sampled.
+            k: width of the recorded support.
+            max_model_tokens: prompt and response of the longest row, evaluation included.
+
         Raises:
-            SpecError: rollout.engine_args do not fit the engine.
+            SpecError: the model cannot be read, or rollout.engine_args do not fit the engine.
         """
-        torch.set_num_threads(max(1, rollout.num_cpus))
+        torch.set_num_threads(rollout.num_cpus)
         self._student, self._rollout, self._seed = student, rollout, seed
         self._config = EngineConfig(
-            path=model_path,
+            path=path_on_this_node(model_path, student.model, student.revision, "student.model"),
             dtype=student.dtype,
             trust_remote_code=student.trust_remote_code,
             vocab_size=vocab_size,
@@ -192,10 +198,8 @@ class RolloutActor:
 
     def _texts(self, finished: Sequence[Finished]) -> list[str]:
         if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            self._tokenizer = AutoTokenizer.from_pretrained(
-                self._config.path, trust_remote_code=self._student.trust_remote_code
+            self._tokenizer = load_tokenizer(
+                self._config.path, self._student.trust_remote_code, "student.model"
             )
         return [
             self._tokenizer.decode(

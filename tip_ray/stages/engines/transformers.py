@@ -13,18 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import DynamicCache
 
 from tip_ray.compute.divergence import row_statistics
 from tip_ray.contract.errors import ModelMismatchError, SpecError
 from tip_ray.stages.engines.base import EngineConfig, Finished, Request
 from tip_ray.stages.engines.sampling import sample
 from tip_ray.stages.engines.trace_buffer import TraceBuffer
+from tip_ray.stages.models import load_causal_lm
 
 # What rollout.engine_args may hold, with defaults.
-ENGINE_ARGS = {
-    "max_batch_tokens": 32768,  # positions of one batch's cache, prompts and responses
-    "attn_implementation": "sdpa",
-}
+ENGINE_ARGS = {"max_batch_tokens": 32768}  # positions of one batch's cache
 
 
 class TransformersEngine:
@@ -35,19 +34,14 @@ class TransformersEngine:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        import transformers
-
         args = _engine_args(config)
         self._config = config
         self._max_batch_tokens: int = args["max_batch_tokens"]
         self._device = torch.device("cuda" if config.num_gpus else "cpu")
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(
-            config.path,
-            dtype=getattr(torch, config.dtype),
-            attn_implementation=args["attn_implementation"],
-            trust_remote_code=config.trust_remote_code,
+        self._model = load_causal_lm(
+            config.path, config.dtype, config.trust_remote_code, field="student.model"
         )
-        self._model.to(self._device).eval()
+        self._model.to(self._device)
 
     def generate(self, requests: Sequence[Request]) -> Generator[list[Finished], None, None]:
         """Yield responses as they finish, batch after batch, shortest prompts first."""
@@ -92,8 +86,6 @@ class _Batch:
     def __init__(
         self, model: Any, config: EngineConfig, device: torch.device, batch: Sequence[Request]
     ) -> None:
-        from transformers import DynamicCache
-
         self._model, self._config, self._device = model, config, device
         self._cache = DynamicCache(config=model.config)
         self._buffer = TraceBuffer(config.k, device)

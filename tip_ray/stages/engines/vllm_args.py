@@ -102,6 +102,7 @@ def _own_args(config: EngineConfig) -> dict[str, Any]:
         "additional_config": {"tip_ray": {"k": config.k, "vocab_size": config.vocab_size}},
         "logprobs_mode": "raw_logits",  # the sampled token's, before temperature and masks
         "disable_log_stats": True,
+        "load_format": "safetensors",  # a pickle runs code when it is opened
         "use_tqdm_on_load": False,
     }
 
