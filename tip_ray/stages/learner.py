@@ -18,7 +18,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import pyarrow as pa
@@ -37,21 +37,24 @@ from tip_ray.stages import fsdp
 from tip_ray.stages.export import write_export
 from tip_ray.stages.schedule import learning_rate
 
+# A float16 gradient below 6e-8 is 0, and a token's weight is one over the step's kept tokens. What
+# overflows instead is not finite, so that the update is skipped.
+FLOAT16_LOSS_SCALE = 4096.0
 GROUP_TIMEOUT = timedelta(minutes=30)  # the slowest rank's rows, or a slow consumer of publish
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Sums:
     """What one rank adds up over its micro-batches."""
 
-    loss: float = 0.0
-    tokens: int = 0
-    kept: int = 0
-    gap_sum: float = 0.0
-    gap_max: float = 0.0
+    loss: float
+    tokens: int
+    kept: int
+    gap_sum: float
+    gap_max: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Group:
     """What exists once a rank has joined its group."""
 
@@ -59,6 +62,7 @@ class _Group:
     prefixes: tuple[str, ...]
     optimizer: torch.optim.Optimizer
     device: torch.device
+    loss_scale: float
 
 
 class LearnerActor:
@@ -125,7 +129,8 @@ class LearnerActor:
         root = fsdp.KeptStudent(model, self._loss, self._vocab_size)
         mesh = init_device_mesh(device.type, (world_size,))
         fsdp.shard(root, prefixes, mesh, getattr(torch, self._student.dtype))
-        self._group = _Group(root, prefixes, self._adamw(root), device)
+        scale = FLOAT16_LOSS_SCALE if self._student.dtype == "float16" else 1.0
+        self._group = _Group(root, prefixes, self._adamw(root), device, scale)
         self._reports, self._step = {}, 0
 
     def _adamw(self, root: fsdp.KeptStudent) -> torch.optim.Optimizer:
@@ -194,31 +199,38 @@ class LearnerActor:
         Every micro-batch reduces its gradients: that costs traffic, but between micro-batches a
         rank holds its own shard of them only.
         """
-        group, sums = self._joined(), _Sums()
+        group = self._joined()
+        losses, gaps = [], []  # read at the end: a GPU need not wait in between
         padding = [empty_micro_batch(self._k_width)] * (count - len(batches))
         for batch in (*batches, *padding):
             batch = batch.to(group.device)
+            batch = replace(batch, weight_N=batch.weight_N * group.loss_scale)
             loss, stats = group.root(batch)
             loss.backward()
-            gap_N = (batch.student_logprob_N - stats.sampled_logprob_N).abs().double()
-            sums.loss += loss.item()
-            sums.tokens += batch.tokens
-            sums.kept += len(gap_N)
-            sums.gap_sum += gap_N.sum().item()
-            sums.gap_max = max([sums.gap_max, *gap_N.amax(0, keepdim=True).tolist()])
-        return sums
+            losses.append(loss.detach().double())
+            gaps.append((batch.student_logprob_N - stats.sampled_logprob_N).abs().double())
+        all_gaps = torch.cat(gaps).tolist() if gaps else []
+        return _Sums(
+            loss=sum(torch.stack(losses).tolist()) / group.loss_scale if losses else 0.0,
+            tokens=sum(batch.tokens for batch in batches),
+            kept=len(all_gaps),
+            gap_sum=sum(all_gaps),
+            gap_max=max(all_gaps, default=0.0),
+        )
 
     def _update(self, step: int, local_loss: float) -> tuple[float, float, bool]:
-        """Clip and step, or skip; returns the summed loss, the gradient's norm, and whether skipped."""
+        """Clip and step, or skip; the summed loss, the gradient's norm, and whether skipped."""
         group = self._joined()
         gradients = fsdp.local_gradients(group.root)
+        for gradient in gradients:
+            gradient.div_(group.loss_scale)
         square = float(torch.nn.utils.get_total_norm(gradients)) ** 2
         loss, square = fsdp.sum_over_ranks(local_loss, square, device=group.device)
         norm = math.sqrt(square)
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite and norm > 0:
-            if norm > self._learner.grad_clip:
-                torch._foreach_mul_(gradients, self._learner.grad_clip / norm)
+            for gradient in gradients:
+                gradient.mul_(min(1.0, self._learner.grad_clip / norm))
             for parameters in group.optimizer.param_groups:
                 parameters["lr"] = learning_rate(self._learner, step, self._steps)
             group.optimizer.step()
