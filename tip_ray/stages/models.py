@@ -17,6 +17,7 @@ import fsspec
 import huggingface_hub
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,9 +26,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from tip_ray import demo
 from tip_ray.contract.errors import SpecError
+from tip_ray.stages.reading import one_line, readable
 
 # Weights as safetensors only: a pickle runs code when it is opened.
 _SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".py")
@@ -109,12 +112,9 @@ def _fetched(url: str, field: str) -> Path:
     """The local copy of a directory at an fsspec URL; downloaded once, whole or not at all."""
     if url.startswith(("file://", "local://")):
         return Path(fsspec.core.strip_protocol(url))
-    try:
+    with readable(field, url, "a readable directory", "check the URL and its login"):
         fs, root = fsspec.core.url_to_fs(url)
         files = _wanted(fs.find(root, detail=True), root, field)
-    except (OSError, ValueError, ImportError) as error:
-        why = f"{url}: {_one_line(error)}"
-        raise SpecError(field, why, "a readable directory", "check the URL and its login") from None
     if not files:
         raise SpecError(field, f"nothing at {url}", "a checkpoint directory", "check the URL")
     digest = hashlib.blake2b(digest_size=12)
@@ -124,7 +124,8 @@ def _fetched(url: str, field: str) -> Path:
     cache = model_cache()
     target = cache / f"{PurePosixPath(root).name[:60]}-{digest.hexdigest()}"
     if not (target / _COMPLETE).exists():
-        _download(fs, {name: info["name"] for name, info in files.items()}, cache, target)
+        with readable(field, url, "a download that ends", "try again"):
+            _download(fs, {name: info["name"] for name, info in files.items()}, cache, target)
     return target
 
 
@@ -210,6 +211,7 @@ def load_causal_lm(
     Raises:
         SpecError: its weights cannot be read, or its logits are not hidden @ head.
     """
+    transformers_logging.disable_progress_bar()  # a bar per actor would garble the run's own lines
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path,
@@ -220,7 +222,7 @@ def load_causal_lm(
             local_files_only=True,
             device_map=device_map,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise _unreadable(field, path, "safetensors weights", error) from None
     # With the default cache, packed or repeated calls would see one another's keys.
     model.config.use_cache = False
@@ -267,9 +269,4 @@ def _unreadable(field: str, path: str, what: str, error: Exception) -> SpecError
     cure = (
         "set trust_remote_code if you trust its author" if "trust_remote_code" in str(error) else ""
     )
-    return SpecError(field, f"{path}: {_one_line(error)}", f"a readable {what}", cure)
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
+    return SpecError(field, f"{path}: {one_line(error)}", f"a readable {what}", cure)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import fsspec
 import pyarrow.parquet as pq
 
 from tip_ray import demo
 from tip_ray.contract.errors import SpecError
+from tip_ray.stages.reading import readable
 
 Row = dict[str, Any]
 FORMATS = (".jsonl", ".json", ".parquet")
@@ -54,15 +55,13 @@ def _demo_rows(source: str, field: str) -> Iterator[tuple[str, Row]]:
 
 
 def _files(source: str, field: str) -> list[tuple[Any, str]]:
-    try:
+    with readable(field, source, "a readable file", "check the path and its login"):
         fs, path = fsspec.core.url_to_fs(source)
         paths = sorted(fs.glob(path)) if "*" in path else [path]
         missing = not paths or not fs.exists(paths[0])
         if not missing and fs.isdir(paths[0]):
             cure = f"name the files, e.g. {source.rstrip('/')}/*.parquet"
             raise SpecError(field, f"{source}, a directory", "a file or a glob", cure)
-    except (OSError, ValueError, ImportError) as error:
-        _unreadable(field, source, error)
     if missing:
         raise SpecError(field, f"no file {source}", "an existing file", "check the path")
     return [(fs, one) for one in paths]
@@ -79,15 +78,12 @@ def _file_rows(fs: Any, path: str, field: str) -> Iterator[Any]:
         raise SpecError(
             field, path, f"a file ending in {', '.join(FORMATS)}", "rename or convert it"
         )
-    try:
-        with fs.open(path, "rb", compression="infer" if bare != path else None) as file:
-            yield from reader(file, path, field)
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-    ) as error:  # ArrowInvalid, UnicodeDecodeError: ValueErrors
-        _unreadable(field, path, error)
+    compression = "infer" if bare != path else None
+    with (
+        readable(field, path, "a readable file", "restore or convert it"),
+        fs.open(path, "rb", compression=compression) as file,
+    ):
+        yield from reader(file, path, field)
 
 
 def _json_lines(file: Any, path: str, field: str) -> Iterator[Any]:
@@ -114,9 +110,3 @@ def _json_list(file: Any, path: str, field: str) -> Iterator[Any]:
 def _parquet(file: Any, path: str, field: str) -> Iterator[Any]:  # noqa: ARG001
     for batch in pq.ParquetFile(file).iter_batches():
         yield from batch.to_pylist()
-
-
-def _unreadable(field: str, source: str, error: Exception) -> NoReturn:
-    text = " ".join(str(error).split())[:200] or type(error).__name__
-    kind = "no such file" if isinstance(error, FileNotFoundError) else text
-    raise SpecError(field, f"{source}: {kind}", "a readable file", "check the path") from None

@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import jinja2
@@ -299,7 +300,7 @@ def _fitting(
 ) -> tuple[list[Prompt], int]:
     """The first `limit` rows' prompts of at most `max_tokens` tokens, and how many are longer."""
     fitting, skipped = [], 0
-    for place, row in _first(rows, limit):
+    for place, row in islice(rows, limit):
         prompt = renderer.render(place, row)
         if _tokens(prompt) <= max_tokens:
             fitting.append(prompt)
@@ -310,13 +311,6 @@ def _fitting(
             raise SpecError("rollout.max_prompt_tokens", found, f"at most {max_tokens}", cure)
         skipped += 1
     return fitting, skipped
-
-
-def _first(rows: Iterable[tuple[str, Row]], limit: int | None) -> Iterator[tuple[str, Row]]:
-    for count, item in enumerate(rows):
-        if count == limit:
-            return
-        yield item
 
 
 def _tokens(prompt: Prompt) -> int:

@@ -28,15 +28,14 @@ from tip_ray.compute.divergence import (
 )
 from tip_ray.compute.packing import length_buckets, pad_right, to_tensor
 from tip_ray.contract import tables
-from tip_ray.contract.errors import SpecError, TableError
+from tip_ray.contract.errors import SpecError
 from tip_ray.contract.headers import Quarantined, TeacherHeader
 from tip_ray.contract.spec import TeacherSpec
 from tip_ray.contract.tables import SCORES, TOP_SHOWN, column, offsets
+from tip_ray.stages.data_errors import quarantine, refusals, rows_of, without_rows
 from tip_ray.stages.models import load_causal_lm, path_on_this_node, trunk_and_head
 
 FloatArray = npt.NDArray[np.float32]
-_TOKEN_COLUMNS = ("loss_mask", "student_logprob", "student_entropy", "student_tail_logprob",
-                  "student_topk_ids", "student_topk_logprobs")  # fmt: skip
 
 
 class _Student(NamedTuple):
@@ -132,16 +131,16 @@ class TeacherActor:
         started = time.perf_counter()
         table = tables.concat(rollouts, tables.rollouts_schema(self._k))
         reasons = refusals(table, self._vocab_size)
-        quarantined = [_quarantine(table, row, reason) for row, reason in reasons.items()]
-        table = _without_rows(table, list(reasons))
+        quarantined = [quarantine(table, row, reason) for row, reason in reasons.items()]
+        table = without_rows(table, list(reasons))
 
         scored = self._score_tokens(table)
-        poisoned = _rows_of(table, (column(table, "loss_mask") == 1) & ~scored.finite_N.numpy())
+        poisoned = rows_of(table, (column(table, "loss_mask") == 1) & ~scored.finite_N.numpy())
         quarantined += [
-            _quarantine(table, row, "the teacher's log-probabilities are not finite")
+            quarantine(table, row, "the teacher's log-probabilities are not finite")
             for row in poisoned
         ]
-        scored, table = _without_tokens(table, scored, poisoned), _without_rows(table, poisoned)
+        scored, table = _without_tokens(table, scored, poisoned), without_rows(table, poisoned)
         scores, targets = _scores_table(table, scored), _targets_table(table, scored)
         header = _header(table, scored, scores, quarantined, time.perf_counter() - started)
         return header, scores, targets
@@ -228,66 +227,6 @@ def head_logits(hidden_CD: Tensor, head_VD: Tensor) -> Tensor:
     return (hidden_CD @ head_VD.T).float()
 
 
-def refusals(table: pa.Table, vocab_size: int) -> dict[int, str]:
-    """Row -> why no replica could score it, for rows of a ROLLOUTS table; ascending.
-
-    Raises:
-        TableError: a token column differs in length from response_ids.
-    """
-    starts = offsets(table, "response_ids")
-    for name in _TOKEN_COLUMNS:
-        if not np.array_equal(offsets(table, name), starts):
-            raise TableError(f"column {name!r}: lengths differ from response_ids in some row")
-    reasons: dict[int, str] = {}
-    for row in range(table.num_rows):
-        for name in ("prompt_ids", "teacher_prompt_ids"):
-            ids = table.column(name)[row]
-            if ids.is_valid and not _within(ids.values.to_numpy(), vocab_size).all():
-                reasons[row] = f"{name} with an id outside the vocabulary of {vocab_size}"
-            if ids.is_valid and len(ids.values) == 0:
-                reasons[row] = f"{name} is empty: nothing predicts the first response token"
-    for reason, bad_N in _bad_tokens(table, vocab_size):
-        for row in _rows_of(table, bad_N):
-            reasons.setdefault(row, reason)
-    return dict(sorted(reasons.items()))
-
-
-def _bad_tokens(table: pa.Table, vocab_size: int) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
-    """Reason and the tokens it holds for; the student's numbers count at loss tokens only."""
-    outside = f"outside the vocabulary of {vocab_size}"
-    loss_N = column(table, "loss_mask") == 1
-    yield f"response_ids with an id {outside}", ~_within(column(table, "response_ids"), vocab_size)
-    ids_NK = column(table, "student_topk_ids")
-    yield (
-        f"student_topk_ids with an id {outside}",
-        loss_N & ~_within(ids_NK, vocab_size).all(axis=1),
-    )
-    twice_N = (np.diff(np.sort(ids_NK, axis=1), axis=1) == 0).any(axis=1)
-    yield "student_topk_ids with an id twice", loss_N & twice_N
-    for name in ("student_logprob", "student_entropy", "student_topk_logprobs"):
-        finite = np.isfinite(column(table, name))
-        finite_N = finite if finite.ndim == 1 else finite.all(axis=1)
-        yield f"{name} is not finite", loss_N & ~finite_N
-    tail_N = column(table, "student_tail_logprob")  # -inf: nothing is outside the support
-    yield "student_tail_logprob is not a number", loss_N & ~(tail_N < np.inf)
-
-
-def _within(ids: npt.NDArray[np.int32], vocab_size: int) -> npt.NDArray[np.bool_]:
-    return (ids >= 0) & (ids < vocab_size)
-
-
-def _rows_of(table: pa.Table, tokens_N: npt.NDArray[np.bool_]) -> list[int]:
-    """Rows with at least one of the marked tokens, ascending."""
-    starts = offsets(table, "response_ids")
-    rows = np.searchsorted(starts, np.flatnonzero(tokens_N), side="right") - 1
-    return [int(row) for row in np.unique(rows)]
-
-
-def _quarantine(table: pa.Table, row: int, reason: str) -> Quarantined:
-    one = table.slice(row, 1)
-    return Quarantined(tables.keys(one)[0], one.column("prompt_uid")[0].as_py(), "teacher", reason)
-
-
 def _student_numbers(table: pa.Table) -> _Student:
     loss_N = torch.from_numpy(column(table, "loss_mask") == 1)
 
@@ -326,13 +265,6 @@ def _gather_padded(logprobs_CV: Tensor, ids_CW: Tensor) -> Tensor:
 def _padded(values_CJ: Tensor, fill: float) -> Tensor:
     missing = TOP_SHOWN - values_CJ.shape[1]
     return torch.nn.functional.pad(values_CJ, (0, missing), value=fill)
-
-
-def _without_rows(table: pa.Table, rows: Sequence[int]) -> pa.Table:
-    if not rows:
-        return table
-    keep = np.setdiff1d(np.arange(table.num_rows), np.asarray(rows, np.int64))
-    return table.take(pa.array(keep)).combine_chunks()
 
 
 def _without_tokens(table: pa.Table, scored: _Scored, rows: Sequence[int]) -> _Scored:
