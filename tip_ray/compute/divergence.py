@@ -1,4 +1,3 @@
-# ruff: noqa: N815 - shapes in field names
 """Per-token entropy and divergences in nats, chunked, on the whole vocabulary or on a support.
 
 N  tokens        V  shared vocabulary        K  ids of a token's support; id -1 = padding

@@ -1,4 +1,3 @@
-# ruff: noqa: N815 - shapes in field names
 """LM head and divergence on the kept rows only, fused and chunked: never [N, V] at once.
 
 N  kept tokens        D  hidden size        V  rows of the head        K  ids of a token's support
@@ -94,8 +93,9 @@ def kept_loss(
     options = _options(
         lm_head_VD, kind, chunk_rows, beta, tail_floor_nats, vocab_size or len(lm_head_VD)
     )
-    teacher = _teacher(support_ids_NK, teacher_logprobs_NK, teacher_tail_logprob_N, options)
-    _check_shapes(hidden_ND, lm_head_VD, teacher, weight_N)
+    support = (support_ids_NK, teacher_logprobs_NK)
+    _check_shapes(hidden_ND, lm_head_VD, *support, weight_N, teacher_tail_logprob_N)
+    teacher = _teacher(*support, teacher_tail_logprob_N, options.vocab_size)
     return _run(hidden_ND, lm_head_VD, teacher, weight_N, None, options)[0]
 
 
@@ -118,8 +118,10 @@ def kept_loss_with_stats(
     options = _options(
         lm_head_VD, kind, chunk_rows, beta, tail_floor_nats, vocab_size or len(lm_head_VD)
     )
-    teacher = _teacher(support_ids_NK, teacher_logprobs_NK, teacher_tail_logprob_N, options)
-    _check_shapes(hidden_ND, lm_head_VD, teacher, weight_N, sampled_ids_N)
+    support = (support_ids_NK, teacher_logprobs_NK)
+    per_token = (weight_N, teacher_tail_logprob_N, sampled_ids_N)
+    _check_shapes(hidden_ND, lm_head_VD, *support, *per_token)
+    teacher = _teacher(*support, teacher_tail_logprob_N, options.vocab_size)
     loss, *stats = _run(hidden_ND, lm_head_VD, teacher, weight_N, sampled_ids_N, options)
     return loss, KeptStats(*stats)
 
@@ -253,13 +255,13 @@ class _Head(NamedTuple):
 
 
 def _teacher(
-    ids_NK: Tensor, logprobs_NK: Tensor, tail_N: Tensor | None, options: _Options
+    ids_NK: Tensor, logprobs_NK: Tensor, tail_N: Tensor | None, vocab_size: int
 ) -> _Support:
     if tail_N is None:
         real_NK = ids_NK >= 0
         mass_N = logprobs_NK.double().exp().masked_fill(~real_NK, 0.0).sum(-1)
         tail_N = torch.log1p(-mass_N.clamp(max=1.0))
-        tail_N = tail_N.masked_fill(real_NK.sum(-1) == options.vocab_size, _NEG_INF)
+        tail_N = tail_N.masked_fill(real_NK.sum(-1) == vocab_size, _NEG_INF)
     return _Support(ids_NK, logprobs_NK, tail_N)
 
 
@@ -281,15 +283,15 @@ def _options(
 
 
 def _check_shapes(
-    hidden_ND: Tensor, lm_head_VD: Tensor, teacher: _Support, *per_token: Tensor
+    hidden_ND: Tensor, lm_head_VD: Tensor, ids_NK: Tensor, logprobs_NK: Tensor, *rest: Tensor | None
 ) -> None:
-    n, width = len(hidden_ND), teacher.ids_NK.shape[-1]
-    expected: list[tuple[Tensor, tuple[int, ...]]] = [
-        (hidden_ND, (n, lm_head_VD.shape[-1])),
-        (teacher.ids_NK, (n, width)),
+    n, width = len(hidden_ND), ids_NK.shape[-1]
+    expected: list[tuple[str, Tensor, tuple[int, ...]]] = [
+        ("hidden_ND", hidden_ND, (n, lm_head_VD.shape[-1])),
+        ("support_ids_NK", ids_NK, (n, width)),
+        ("teacher_logprobs_NK", logprobs_NK, (n, width)),
     ]
-    expected += [(teacher.logprobs_NK, (n, width)), (teacher.tail_N, (n,))]
-    expected += [(tensor, (n,)) for tensor in per_token]
-    for tensor, shape in expected:
+    expected += [("a column of tokens", one, (n,)) for one in rest if one is not None]
+    for name, tensor, shape in expected:
         if tuple(tensor.shape) != shape:
-            raise SpecError("kept_loss", f"shape {tuple(tensor.shape)}", f"{shape} by its fellows")
+            raise SpecError(name, f"shape {tuple(tensor.shape)}", f"{shape}, as its fellows")

@@ -1,4 +1,3 @@
-# ruff: noqa: N815 - shapes in field names
 """SELECTED tables as token-budgeted micro-batches of right-padded rows.
 
 B  rows of a micro-batch        T  its longest row        N  its kept tokens        K  support width

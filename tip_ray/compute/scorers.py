@@ -12,8 +12,8 @@ Scorer = Callable[[str, str], float]
 
 # A sign counts unless something that it could be subtracted from stands right before it.
 _NUMBER = re.compile(
-    r"(?P<sign>(?<![\w.)\]])[-+\u2212])?\s?\$?"
-    r"(?P<number>\d{1,3}(?:,\d{3})+(?![\d])(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
+    r"(?P<sign>(?<![\w.)\]])[-+\u2212])?\$?"
+    r"(?P<number>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
     r"(?:\s?/\s?(?P<denominator>\d+))?"
 )
 

@@ -1,4 +1,3 @@
-# ruff: noqa: N815 - shapes in field names
 """Which loss tokens are kept, and what each kept token weighs.
 
 N  loss tokens of the step, rollout by rollout        R  rollouts, rows [offset[i], offset[i + 1])
