@@ -1,8 +1,8 @@
 """argv -> the same public functions that anyone can call.
 
 Nothing heavy is imported before a command has been chosen, so that `--help` is instant.
-Exit codes: 0 done, 1 the run failed, 2 a bad spec or argument, 3 not found, 130 cancelled or SIGINT,
-143 SIGTERM.
+Exit codes: 0 done, 1 the run failed, 2 a bad spec or argument, 3 not found, 130 cancelled or
+SIGINT, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 from tip_ray import __version__
 
@@ -26,6 +26,10 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE_EXIT, f"error: {message}; see `{self.prog} --help`\n")
+
+
+# argparse has no public name for it
+_Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,9 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, home: str, text: str
-) -> argparse.ArgumentParser:
+def _command(commands: _Commands, name: str, home: str, text: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
     parser.set_defaults(function=home)
     # SUPPRESS: without the option here, one given before the command stands.
@@ -94,7 +96,7 @@ def _command(
     return parser
 
 
-def _add_begin(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_begin(commands: _Commands) -> None:
     init = _command(commands, "init", "begin:init", "write a commented spec to start from")
     kinds = ("quickstart", "gsm8k", "math")
     init.add_argument("kind", nargs="?", default=kinds[0], choices=kinds, help="which one")
@@ -113,7 +115,7 @@ def _add_begin(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     _command(commands, "schema", "begin:schema", "print the spec's JSON Schema, for editors")
 
 
-def _add_look(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_look(commands: _Commands) -> None:
     status = _command(commands, "status", "look:status", "what a run is doing")
     _add_run(status)
     status.add_argument("--json", action="store_true", help="every field, as JSON")

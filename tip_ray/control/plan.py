@@ -22,7 +22,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from tip_ray import demo
-from tip_ray.contract.spec import RunSpec
+from tip_ray.contract.spec import LearnerSpec, RolloutSpec, RunSpec, TeacherSpec
 from tip_ray.contract.tables import KEEP, SCORES, rollouts_schema, selected_schema
 
 _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -102,7 +102,11 @@ def _width_bytes(kind: pa.DataType) -> int:
 
 
 def _pools(spec: RunSpec) -> tuple[PoolDemand, ...]:
-    pools = {"rollout": spec.rollout, "teacher": spec.teacher, "learner": spec.learner}
+    pools: dict[str, RolloutSpec | TeacherSpec | LearnerSpec] = {
+        "rollout": spec.rollout,
+        "teacher": spec.teacher,
+        "learner": spec.learner,
+    }
     demands = [
         PoolDemand(
             name, pool.replicas, pool.replicas * pool.num_cpus, pool.replicas * pool.num_gpus
