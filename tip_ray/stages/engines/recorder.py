@@ -5,7 +5,7 @@ N  rows of one decode step    V  width of the logits    K  width of the support
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from vllm.v1.sample.logits_processor.interface import (
 
 from tip_ray.compute.divergence import row_statistics
 from tip_ray.stages.engines.trace_buffer import Recorded, TraceBuffer
+from tip_ray.stages.engines.workarounds import repack_heads
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -80,8 +81,14 @@ class Recorder(LogitsProcessor):
         return logits
 
 
-class RecorderAccess:
+class WorkerAccess:
     """Mixed into the vLLM worker (`worker_extension_cls`): methods for `collective_rpc`."""
+
+    def tip_ray_reload(self, source: Iterable[tuple[str, torch.Tensor]] | str) -> None:
+        """Replace all weights by named tensors, or by the safetensors of a directory."""
+        kind = "weights_path" if isinstance(source, str) else "weights_iterator"
+        self.reload_weights(**{kind: source})  # type: ignore[attr-defined]
+        repack_heads(self.model_runner.get_model())  # type: ignore[attr-defined]
 
     def tip_ray_take(self, recordings: Sequence[tuple[int, int]]) -> list[Recorded] | None:
         """The traces of finished (recording, length), from the first rank only."""

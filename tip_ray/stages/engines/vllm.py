@@ -85,9 +85,7 @@ class VllmEngine:
         if self._engine.has_unfinished_requests():
             raise ReplicaError("rollout engine: weights may only change when it is empty")
         if self._config.tensor_parallel == 1:
-            self._engine.collective_rpc(
-                "reload_weights", kwargs={"weights_iterator": iter(tensors)}
-            )
+            self._rpc("tip_ray_reload", iter(tensors))
         else:
             self._reload_through_file(tensors)
         # Cached prefixes were computed with the old weights.
@@ -157,7 +155,7 @@ class VllmEngine:
         try:
             named = {name: tensor.contiguous() for name, tensor in tensors}
             save_file(named, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-            self._engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+            self._rpc("tip_ray_reload", folder)
         finally:
             shutil.rmtree(folder)
 

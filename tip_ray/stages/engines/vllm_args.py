@@ -98,7 +98,7 @@ def _own_args(config: EngineConfig) -> dict[str, Any]:
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "enable_prefix_caching": True,
         "logits_processors": [f"{_PACKAGE}:Recorder"],
-        "worker_extension_cls": f"{_PACKAGE}.RecorderAccess",
+        "worker_extension_cls": f"{_PACKAGE}.WorkerAccess",
         "additional_config": {"tip_ray": {"k": config.k, "vocab_size": config.vocab_size}},
         "logprobs_mode": "raw_logits",  # the sampled token's, before temperature and masks
         "disable_log_stats": True,

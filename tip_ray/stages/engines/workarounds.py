@@ -100,6 +100,21 @@ def prepare_process(config: EngineConfig) -> None:
             torch._dynamo.config.disable = True
 
 
+def repack_heads(model: torch.nn.Module) -> None:
+    """Make LM heads use the weights that they have; call it after every reload on the CPU.
+
+    A tied head shares the embedding's parameter, which a reload fills, but keeps its own packed
+    copy of the old values, with which it went on computing. Until vLLM's layerwise reload
+    processes layers that share another layer's parameters.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, UnquantizedEmbeddingMethod):
+            method.process_weights_after_loading(module)
+
+
 def cpu_engine_args(config: EngineConfig) -> dict[str, Any]:
     """Defaults of the CPU backend; the spec's engine_args win over them."""
     defaults: dict[str, Any] = {
