@@ -152,6 +152,13 @@ def test_logits_are_trunk_times_head(shape: dict[str, Any], tmp_path: Path) -> N
     )
 
 
+def test_device_map_changes_no_logits(tmp_path: Path) -> None:
+    path, ids = save_model(tmp_path / "m"), torch.arange(10)[None]
+    with torch.no_grad():
+        spread = load_causal_lm(path, "float32", device_map="balanced")(ids).logits
+        torch.testing.assert_close(spread, load_causal_lm(path, "float32")(ids).logits)
+
+
 def test_dtype_is_as_asked(tmp_path: Path) -> None:
     path = save_model(tmp_path / "m")
     for name in ("bfloat16", "float16", "float32"):
@@ -178,9 +185,10 @@ def test_damaged_files_are_one_line(tmp_path: Path) -> None:
     (path / "config.json").write_text("{")
     with pytest.raises(SpecError, match="a readable config"):
         load_config(str(path))
-    (path / "tokenizer.json").write_text("{")
-    with pytest.raises(SpecError, match="a readable tokenizer"):
-        load_tokenizer(str(path))
+    for broken in ("{", '{"version": "1.0"}', '{"model": {"type": "none"}}'):
+        (path / "tokenizer.json").write_text(broken)
+        with pytest.raises(SpecError, match="a readable tokenizer"):
+            load_tokenizer(str(path))
 
 
 def test_code_that_comes_with_a_model_does_not_run_unasked(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +52,15 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]
     }
 
 
+@functools.cache
+def reference(path: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+
+
 def dense_logprobs(path: str, prompt: list[int], response: list[int]) -> torch.Tensor:
     """[m, V] float64, over the shared vocabulary, one row at a time."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
     with torch.no_grad():
-        logits_LV = model(torch.tensor([prompt + response])).logits[0]
+        logits_LV = reference(path)(torch.tensor([prompt + response])).logits[0]
     return logits_LV[len(prompt) - 1 : len(prompt) + len(response) - 1, :V].log_softmax(-1)
 
 
@@ -77,6 +83,7 @@ def kl(p_NJ: torch.Tensor, q_NJ: torch.Tensor) -> torch.Tensor:
     return (p_NJ.exp() * (p_NJ - q_NJ)).sum(-1)
 
 
+@functools.cache
 def rollouts(student: str, k: int, own_prompts: bool = False) -> pa.Table:
     """ROLLOUTS with the student's true numbers; some tokens are not loss tokens."""
     rng = np.random.default_rng(0)
@@ -405,6 +412,34 @@ def test_teacher_that_gives_no_numbers_quarantines_only_what_it_spoils(
     rest = table.take([0, 1, 2, 3, 5, 6])
     assert tables.keys(scores) == tables.keys(rest)
     check_against_dense(rest, 4, teacher, scores, targets)
+
+
+def test_teacher_equal_to_the_student_diverges_nowhere(pairs: dict[str, tuple[str, str]]) -> None:
+    student, _ = pairs["qwen3"]
+    table = rollouts(student, 4)
+    header, scores, targets = actor(student).score(table)
+    for name in ("reverse_kl", "forward_kl"):
+        assert np.abs(tables.column(scores, name)).max() < 1e-6
+    mask_N = tables.column(table, "loss_mask") == 1
+    gap_N = tables.column(targets, "teacher_sampled_logprob") - tables.column(
+        table, "student_logprob"
+    )
+    assert np.abs(gap_N[mask_N]).max() < 2e-5
+    assert header.teacher_mass_sum == pytest.approx(header.student_mass_sum, rel=1e-5)
+
+
+def test_read_only_tables_are_read_as_they_are(pairs: dict[str, tuple[str, str]]) -> None:
+    student, teacher = pairs["qwen3"]
+    table = rollouts(student, 4)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    immutable = pa.ipc.open_stream(pa.py_buffer(sink.getvalue().to_pybytes())).read_all()
+    assert not tables.column(immutable, "loss_mask").flags.writeable
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns where it could write into such memory
+        _, scores, _ = actor(teacher).score(immutable)
+    assert scores.equals(actor(teacher).score(table)[1])
 
 
 def test_nothing_to_score_gives_empty_tables(pairs: dict[str, tuple[str, str]]) -> None:

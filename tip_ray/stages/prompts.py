@@ -121,7 +121,9 @@ def encode(
         ValueError: the tokenizer has no token for a part of it.
     """
     try:
-        return list(tokenizer(text, add_special_tokens=special_tokens)["input_ids"])
+        # verbose warns of long texts; their length is checked by the caller
+        found = tokenizer(text, add_special_tokens=special_tokens, verbose=False)
+        return list(found["input_ids"])
     except Exception as error:  # tokenizers raises Exception itself
         if type(error) is not Exception:
             raise
@@ -247,7 +249,7 @@ class PromptSource:
         if self._index == len(self._order):
             self._epoch, self._index = self._epoch + 1, 0
             self._order = self._order_of(self._epoch)
-        prompt = self._prompts[self._order[self._index]]
+        prompt: Prompt = self._prompts[int(self._order[self._index])]
         self._index += 1
         return prompt
 

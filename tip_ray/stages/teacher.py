@@ -191,9 +191,12 @@ class TeacherActor:
         sampled_C = logprobs_CV.gather(1, student.sampled_ids_N[:, None]).squeeze(1)
         support_ids_CW = self._support(student.topk_ids_NK, statistics.topk_ids_NK[:, : self._k])
         on_support_CW = _gather_padded(logprobs_CV, support_ids_CW)
-        support_tail_C = tail_logprob(logprobs_CV, support_ids_CW)
+        own_tail_C = (
+            None if self._source == "student" else tail_logprob(logprobs_CV, support_ids_CW)
+        )
         # In place and last: the log-probabilities are not read again.
         student_tail_C = drop_ids_(logprobs_CV, student.topk_ids_NK).logsumexp(-1)
+        support_tail_C = student_tail_C if own_tail_C is None else own_tail_C
         reverse_C, forward_C = support_divergence(
             student.topk_logprobs_NK, student.tail_N, on_student_CK, student_tail_C, self._floor
         )
