@@ -31,6 +31,7 @@ from tip_ray.control.run_directory import (
 from tip_ray.control.storage import Storage
 
 DEFAULT_RUN_ROOT = "runs"
+_LISTINGS = 3
 
 
 def default_run_roots() -> list[str]:
@@ -80,9 +81,10 @@ class RunReader:
 
     def read_metrics(self) -> pa.Table:
         """One row a step, in order of step; without rows before the first step has ended."""
-        parts = self._metrics_parts()
-        while None in parts.values():  # the writer has just merged some: list again
+        for _ in range(_LISTINGS):
             parts = self._metrics_parts()
+            if None not in parts.values():
+                break  # else the writer has just merged some: list again
         return merge_parts(
             from_parquet(content or b"", f"{self.url}/{name}") for name, content in parts.items()
         )

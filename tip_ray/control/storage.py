@@ -113,7 +113,7 @@ class Storage:
             raise NotFoundError(f"{path}: no such file") from None
 
     def read_all(self, names: Sequence[str]) -> dict[str, bytes]:
-        """The files that are there, by name; at once where the file system can."""
+        """Those of `names` that are there, in this order; at once where the file system can."""
         if self.local:
             return dict(self._present(names))
         paths = {self.path(name): name for name in names}
@@ -121,7 +121,7 @@ class Storage:
             return {}
         with storage_errors(f"{self.root}: cannot be read"):
             found = self.filesystem.cat(list(paths), on_error="omit")
-        return {paths[path]: bytes(content) for path, content in found.items() if path in paths}
+        return {name: bytes(found[path]) for path, name in paths.items() if path in found}
 
     def _present(self, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
         for name in names:
