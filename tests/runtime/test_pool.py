@@ -104,9 +104,7 @@ def make_pool(tmp_path: Path, events: Events) -> Iterator[Any]:
     def make(size: int = 1, **options: Any) -> Pool:
         remote = actor_class(Worker).options(num_cpus=0)
         chosen = {"timeout_s": 30.0, "max_tries": 3, **options}
-        pool = Pool(
-            "worker", lambda _: remote.remote(tmp_path), size, on_event=events, **chosen
-        )
+        pool = Pool("worker", lambda _: remote.remote(tmp_path), size, on_event=events, **chosen)
         pools.append(pool)
         return pool
 

@@ -27,6 +27,7 @@ from tip_ray.control.preflight import Preflight, preflight
 from tip_ray.control.progress import Progress
 from tip_ray.control.run_directory import RunDirectory, check_run_id, new_run_id
 from tip_ray.runtime.cluster import connected, refuse_what_never_fits, release, reserve
+from tip_ray.runtime.tasks import beside
 
 _log = logging.getLogger(__name__)
 Finish = Callable[[RunDirectory], None]
@@ -58,14 +59,15 @@ def run(
         progress.message(line)
     journal = Journal(
         directory,
-        _new_status(spec, run_id, checked),
+        new_status(spec, run_id, checked),
         progress,
         checked.tokenizer,
         spec.evaluation[0].name if spec.evaluation else None,
     )
-    with _logging_to(directory), _ends_well(journal):
-        with connected(ray_address, num_cpus=total_cpus(spec), namespace=run_id):
-            asyncio.run(_drive(spec, checked, journal))
+    cluster = connected(ray_address, num_cpus=total_cpus(spec), namespace=run_id)
+    # The inner one writes the last word before the cluster goes, which may take seconds.
+    with _logging_to(directory), _ends_well(journal), cluster, _ends_well(journal):
+        asyncio.run(_drive(spec, checked, journal))
         journal.end(RunState.SUCCEEDED)
     finish(directory)
     return journal.status
@@ -73,24 +75,23 @@ def run(
 
 async def _drive(spec: RunSpec, checked: Preflight, journal: Journal) -> None:
     """Place, start, run and export, on a connected cluster; nothing is left running."""
+    bundles = demand(spec)
     with _stopped_by_signals():
-        heart = asyncio.create_task(journal.heartbeat())
-        bundles = demand(spec)
         await journal.state(RunState.STARTING, waiting_for="room on the cluster")
         refuse_what_never_fits(bundles)
         groups = await reserve(bundles, timeout_s=spec.faults.placement_timeout_s)
         stages = make_stages(spec, checked.facts, groups, journal.event)
         try:
-            await start_stages(stages)
-            await journal.state(RunState.RUNNING)
-            await _train(spec, checked, journal, stages)
+            await beside(journal.heartbeat(), _train(spec, checked, journal, stages))
         finally:
-            heart.cancel()
             close_stages(stages)
             release(groups)
 
 
 async def _train(spec: RunSpec, checked: Preflight, journal: Journal, stages: Stages) -> None:
+    journal.waiting_for("replicas that load their models")
+    await start_stages(stages)
+    await journal.state(RunState.RUNNING)
     evaluator = Evaluator(stages.rollout, spec.evaluation, checked.problems, spec.steps)
     pipeline = Pipeline(spec, stages, checked.source, evaluator, journal)
     await pipeline.run()
@@ -98,7 +99,8 @@ async def _train(spec: RunSpec, checked: Preflight, journal: Journal, stages: St
     await stages.learner.call_same("export", url, checked.facts.student_path)
 
 
-def _new_status(spec: RunSpec, run_id: str, checked: Preflight) -> RunStatus:
+def new_status(spec: RunSpec, run_id: str, checked: Preflight) -> RunStatus:
+    """The status of a run that begins now."""
     now = time.time()
     return RunStatus(
         run_id=run_id,

@@ -68,6 +68,10 @@ class Journal:
         self._set_state(state, error=error, waiting_for=waiting_for)
         await self._settle()
 
+    def waiting_for(self, what: str) -> None:
+        """Say what a starting run waits for. Returns at once."""
+        self._change(waiting_for=what)
+
     def event(self, kind: str, **facts: Any) -> None:
         """Something happened: a fault, a recovery. Returns at once."""
         step = facts.pop("step", self.status.step)
@@ -93,7 +97,7 @@ class Journal:
     async def step(self, metrics: StepMetrics, samples: Sequence[pa.Table]) -> None:
         """One trained step: its metrics, samples and status."""
         self._submit(self.directory.append_metrics, metrics)
-        shown = tables.concat(samples, tables.SAMPLES)
+        shown = tables.newest_attempts(tables.concat(samples, tables.SAMPLES))
         if shown.num_rows:
             text = with_text(shown, self._tokenizer)
             self._submit(self.directory.write_samples, metrics.step, text)
@@ -136,11 +140,13 @@ class Journal:
             await self._settle()
 
     def end(self, state: RunState, error: str | None = None) -> None:
-        """The last word, without a loop: waits until everything is on disk.
+        """The last word, without a loop: waits until everything is on disk; said once only.
 
         Raises:
             RunDirectoryError: a write failed.
         """
+        if self.status.state.ended:
+            return
         self._set_state(state, error=error)
         self._writer.shutdown(wait=True)
         self._raise_failed()

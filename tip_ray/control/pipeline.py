@@ -161,9 +161,7 @@ class Pipeline:
         keep = await self._select(work, scored, trace)
         return await self._cut_all(work.step, scored, keep, trace)
 
-    async def _generate_and_score(
-        self, work: RolloutWork, trace: StepTrace
-    ) -> list[_Scored]:
+    async def _generate_and_score(self, work: RolloutWork, trace: StepTrace) -> list[_Scored]:
         """Consumes PROMPTS, produces scored batches.
 
         Rollouts go to the teacher as they finish, in batches of `teacher.max_batch_tokens`.
@@ -175,9 +173,7 @@ class Pipeline:
 
         async def generate(shard: int, group: asyncio.TaskGroup) -> None:
             shards = len(self._stages.rollout)
-            stream = self._stages.rollout.stream(
-                "generate", lambda: work.remaining(shard, shards)
-            )
+            stream = self._stages.rollout.stream("generate", lambda: work.remaining(shard, shards))
             async for answer in stream:
                 trace.rollouts.append(answer.header)
                 work.received(answer.header)
@@ -202,9 +198,7 @@ class Pipeline:
         trace.quarantined = len(work.quarantined)
         return scored
 
-    async def _score(
-        self, batch: list[tuple[RolloutHeader, Any]], trace: StepTrace
-    ) -> _Scored:
+    async def _score(self, batch: list[tuple[RolloutHeader, Any]], trace: StepTrace) -> _Scored:
         """ROLLOUTS -> SCORES and TARGETS, which stay where the teacher made them."""
         rollouts = tuple(ref for _, ref in batch)
         answer = await self._stages.teacher.call("score", *rollouts, returns=3)

@@ -90,9 +90,7 @@ def _quadrants(selection: SelectionHeader) -> dict[str, float]:
     return {**own, **frozen}
 
 
-def _bytes(
-    trace: StepTrace, selection: SelectionHeader, weights: WeightVersion
-) -> dict[str, int]:
+def _bytes(trace: StepTrace, selection: SelectionHeader, weights: WeightVersion) -> dict[str, int]:
     return {
         "bytes_rollout_to_teacher": sum(header.table_bytes for header in trace.rollouts),
         "bytes_teacher_to_selector": sum(header.scores_bytes for header in trace.teachers),

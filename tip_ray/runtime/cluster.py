@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,7 +44,6 @@ def connected(address: str | None, *, num_cpus: int, namespace: str) -> Iterator
         finally:
             ray.shutdown()
         return
-    _require_a_token()
     temp_dir = tempfile.mkdtemp(prefix="tip-ray-", dir=os.environ.get("RAY_TMPDIR"))
     try:
         ray.init(
@@ -59,13 +57,6 @@ def connected(address: str | None, *, num_cpus: int, namespace: str) -> Iterator
     finally:
         ray.shutdown()
         shutil.rmtree(temp_dir, ignore_errors=True)
-
-
-def _require_a_token() -> None:
-    """Ray listens on every interface: without a setting of the user's own, ask for a token."""
-    if "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def refuse_what_never_fits(demand: Mapping[str, Sequence[Bundle]]) -> None:

@@ -71,10 +71,7 @@ class Gang:
         self._actors = []
 
     async def _drain(self, stream: Any) -> list[tuple[Any, Any]]:
-        pairs = []
-        async for header_ref in stream:
-            pairs.append((await header_ref, await anext(stream)))
-        return pairs
+        return [(await header_ref, await anext(stream)) async for header_ref in stream]
 
     async def _guard(self, work: Any, method: str) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""One replica of a pool, and what went wrong with it: the one place that classifies Ray's errors."""
+"""One replica of a pool, and what went wrong with it: the place that classifies Ray's errors."""
 
 from __future__ import annotations
 

@@ -19,6 +19,20 @@ async def together(*work: Coroutine[Any, Any, Result]) -> list[Result]:
     return [task.result() for task in tasks]
 
 
+async def beside(heart: Coroutine[Any, Any, None], work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work`, with `heart` beating beside it: where that fails, `work` is ended."""
+    beating, working = asyncio.ensure_future(heart), asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({beating, working}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            beating.result()  # raises: a heart does not end by itself
+        return await working
+    finally:
+        for task in (beating, working):
+            task.cancel()
+        await asyncio.gather(beating, working, return_exceptions=True)
+
+
 def first_leaf(error: BaseException) -> BaseException:
     """The first error that is not itself a group."""
     while isinstance(error, BaseExceptionGroup):

@@ -99,9 +99,7 @@ def _select(batch: _Batch, rank: int, width: int) -> pa.Table:
         name: batch.rollouts.column(name).take(rows)
         for name in (*tables.KEY_COLUMNS, "weight_version")
     }
-    columns["input_ids"] = tables.list_array(
-        inputs, input_offsets, schema.field("input_ids").type
-    )
+    columns["input_ids"] = tables.list_array(inputs, input_offsets, schema.field("input_ids").type)
     flat_columns = {
         "kept_positions": positions.astype(np.int32),
         "kept_weight": _rows_of(batch.keep, "weight", rows),
@@ -114,9 +112,7 @@ def _select(batch: _Batch, rank: int, width: int) -> pa.Table:
     return tables.build(schema, columns)
 
 
-def _inputs(
-    batch: _Batch, rows: IntArray
-) -> tuple[npt.NDArray[np.int32], IntArray, IntArray]:
+def _inputs(batch: _Batch, rows: IntArray) -> tuple[npt.NDArray[np.int32], IntArray, IntArray]:
     """Flat input ids of `rows`, their offsets, and the rows' prompt lengths.
 
     The logits that predict response token t are those at input prompt + t - 1, so the last

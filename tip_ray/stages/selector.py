@@ -137,9 +137,7 @@ class SelectorActor:
         kept_offsets = kept_before[step.offsets]
         row_of_T = np.repeat(np.arange(step.table.num_rows), np.diff(step.offsets))
         position_T = np.arange(len(step.is_loss)) - step.offsets[row_of_T]
-        columns: dict[str, Any] = {
-            name: step.table.column(name) for name in tables.KEY_COLUMNS
-        }
+        columns: dict[str, Any] = {name: step.table.column(name) for name in tables.KEY_COLUMNS}
         kept = position_T[keep_T].astype(np.int32)
         columns["kept"] = tables.list_array(kept, kept_offsets, _type("kept"))
         columns["weight"] = tables.list_array(
