@@ -80,11 +80,13 @@ def assert_same(problem, found, expected, **tolerance):
     st.floats(0.1, 60),
     st.integers(1, 8),
     st.sampled_from([0.0, 0.4, 1.0]),
+    st.sampled_from([-30.0, -2.0]),  # -2: a floor that real tails fall below
 )
-def test_equals_the_dense_reference(seed, n, v, data, sharpness, chunk_rows, padded):
+def test_equals_the_dense_reference(seed, n, v, data, sharpness, chunk_rows, padded, floor):
     k = data.draw(st.integers(1, v))
     problem = Problem(seed, n=n, v=v, k=k, sharpness=sharpness).pad(padded, seed)
-    assert_same(problem, problem.loss(chunk_rows=chunk_rows), problem.reference())
+    loss = problem.loss(chunk_rows=chunk_rows, tail_floor_nats=floor)
+    assert_same(problem, loss, problem.reference(floor))
 
 
 @pytest.mark.parametrize("sharpness", [0.5, 40.0])
@@ -118,9 +120,13 @@ def test_the_whole_vocabulary_as_support_gives_the_full_divergence():
     problem = Problem(2, v=9, k=9)
     full = token_divergence(problem.hidden @ problem.head.T, problem.teacher).reverse_kl
     torch.testing.assert_close(problem.loss(), (full * problem.weight).sum())
-    # without a given tail it is still exactly empty, whatever rounding 1 - sum(exp) has
-    found = kept_loss(*problem.arguments())
-    assert found.item() == problem.loss().item()
+    # without a given tail it is still exactly empty, whatever 1 - sum(exp) is off by
+    hidden, head, ids, logprobs, weight = problem.arguments()
+    empty = torch.full((7,), NEG_INF)
+    for off in (0.0, 1e-3, -1e-3):
+        arguments = (hidden, head, ids, logprobs - off, weight)
+        given = kept_loss(*arguments, teacher_tail_logprob_N=empty)
+        assert kept_loss(*arguments).item() == given.item()
 
 
 def test_agrees_with_what_is_scored():
@@ -207,9 +213,9 @@ def test_head_rows_outside_the_vocabulary_change_nothing():
 
 def test_autocast_around_it_changes_nothing():
     problem = Problem(11, dtype=torch.float32)
-    plain = problem.loss().item()
+    plain = problem.loss()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert problem.loss().item() == plain
+        assert_same(problem, problem.loss(), plain, rtol=0, atol=0)
 
 
 def test_dropped_positions_get_no_gradient():

@@ -165,22 +165,19 @@ class _KeptLoss(torch.autograd.Function):
         grad_head_VD = torch.zeros_like(lm_head_VD, dtype=dtype) if need_head else None
         head = _Head(lm_head_VD, grad_head_VD, options.vocab_size, dtype)
         stats_SN = hidden_ND.new_zeros((3, len(hidden_ND)), dtype=dtype)
-        with torch.autocast(hidden_ND.device.type, enabled=False):
-            for start in range(0, len(hidden_ND), options.chunk_rows):
-                rows = slice(start, start + options.chunk_rows)
-                hidden_CD = hidden_ND[rows].to(dtype)
-                logprobs_CV = head.logits(hidden_CD).log_softmax(-1)
-                if sampled_ids_N is not None:
-                    stats_SN[1, rows] = logprobs_CV.gather(1, sampled_ids_N[rows, None]).squeeze(1)
-                    stats_SN[2, rows] = entropy(logprobs_CV)
-                weight_C = weight_N[rows].to(dtype)
-                stats_SN[0, rows], grad_CV = _divergence_(
-                    logprobs_CV, teacher.chunk(rows, dtype), weight_C, options
-                )
-                if grad_head_VD is not None:
-                    head.add_grad(grad_CV, hidden_CD)
-                if grad_hidden_ND is not None:
-                    grad_hidden_ND[rows] = head.grad_hidden(grad_CV)
+        for start in range(0, len(hidden_ND), options.chunk_rows):
+            rows = slice(start, start + options.chunk_rows)
+            hidden_CD = hidden_ND[rows].to(dtype)
+            logprobs_CV = head.logits(hidden_CD).log_softmax(-1)
+            if sampled_ids_N is not None:
+                stats_SN[1, rows] = logprobs_CV.gather(1, sampled_ids_N[rows, None]).squeeze(1)
+                stats_SN[2, rows] = entropy(logprobs_CV)
+            stats_SN[0, rows], grad_CV = _divergence_(
+                logprobs_CV, teacher.chunk(rows, dtype), weight_N[rows].to(dtype), options
+            )
+            head.add_grad(grad_CV, hidden_CD)
+            if grad_hidden_ND is not None:
+                grad_hidden_ND[rows] = head.grad_hidden(grad_CV)
         loss = (stats_SN[0] * weight_N.to(dtype)).sum()
         ctx.save_for_backward(grad_hidden_ND, grad_head_VD)
         ctx.dtypes = (hidden_ND.dtype, lm_head_VD.dtype)
@@ -222,7 +219,10 @@ def _divergence_(
 
 
 class _Head(NamedTuple):
-    """The head's products; a narrower one is cast block by block, never as a whole."""
+    """The head's products; a narrower one is cast block by block, never as a whole.
+
+    All write into given tensors, which also keeps an autocast around the loss from narrowing them.
+    """
 
     weight_VD: Tensor
     grad_VD: Tensor | None
