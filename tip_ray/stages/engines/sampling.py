@@ -44,7 +44,7 @@ def sample(
 
 def _nucleus(probabilities_RV: Tensor, top_p_R1: Tensor) -> Tensor:
     """Zero outside the smallest set of the most probable ids whose mass reaches top_p."""
-    sorted_RV, order_RV = probabilities_RV.sort(-1, descending=True, stable=True)
+    sorted_RV, order_RV = probabilities_RV.sort(dim=-1, descending=True, stable=True)
     before_RV = sorted_RV.cumsum(-1) - sorted_RV
     # At 1 nothing is cut, whatever the rounding of the sum.
     cut_RV = (before_RV >= top_p_R1) & (top_p_R1 < 1)
