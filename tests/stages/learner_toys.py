@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 import torch.multiprocessing as mp
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -30,6 +31,7 @@ from tip_ray.contract.tables import build, concat, selected_schema
 from tip_ray.runtime.weights import named_tensors
 from tip_ray.stages.learner import LearnerActor
 from tip_ray.stages.schedule import learning_rate
+from tip_ray.stages.state import SavedFile
 
 # The head is padded: ids from 37 on belong to nobody; its odd rows do not divide among two ranks.
 VOCAB, HEAD_ROWS, K = 37, 41, 5
@@ -140,6 +142,8 @@ class Played:
     gradients: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     weights: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
+    saved: SavedFile | None = None
+    moments: dict[str, torch.Tensor] = field(default_factory=dict)  # of AdamW, at the end
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,8 @@ class Scenario:
     learner: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     export: str = ""
+    load: str = ""  # a checkpoint to start from
+    save: str = ""  # where to leave one at the end
 
     def spec(self) -> LearnerSpec:
         # A large eps keeps AdamW from dividing rounding noise by itself.
@@ -168,26 +174,39 @@ class Scenario:
 
     def on_one_rank(self) -> Scenario:
         merged = [[concat(parts, selected_schema(K))] for parts in self.steps]
-        return Scenario(self.name, self.path, merged, self.learner, self.dtype, self.export)
+        return replace(self, steps=merged)
 
 
 def play(scenario: Scenario, actor: LearnerActor, rank: int) -> Played:
     """Every step, with gradients as the optimizer sees them and published weights."""
     played = Played()
-    played.weights[0] = published(actor, 0)
-    step = 0
+    start = step = actor.load(scenario.load) if scenario.load else 0
+    played.weights[start] = published(actor, start)
 
     def keep_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         named = actor._group.root.model.named_parameters()
         played.gradients[step] = {name: p.grad.full_tensor().clone() for name, p in named}
 
     actor._group.optimizer.register_step_pre_hook(keep_gradients)
-    for step, parts in enumerate(scenario.steps, start=1):
+    for step, parts in enumerate(scenario.steps, start=start + 1):
         played.reports.append(actor.train_step(step, parts[rank]))
         played.weights[step] = published(actor, step)
     if scenario.export:
         played.files = actor.export(scenario.export, scenario.path)
+    if scenario.save:
+        played.saved = actor.save(scenario.save, step)
+    played.moments = whole_moments(actor)
     return played
+
+
+def whole_moments(actor: LearnerActor) -> dict[str, torch.Tensor]:
+    """AdamW's state by parameter and name, gathered: a collective."""
+    group = actor._group
+    found = {}
+    for name, parameter in group.root.model.named_parameters():
+        for kind, own in group.optimizer.state[parameter].items():
+            found[f"{kind}/{name}"] = own.full_tensor() if isinstance(own, DTensor) else own.clone()
+    return found
 
 
 def published(actor: LearnerActor, version: int) -> dict[str, torch.Tensor]:

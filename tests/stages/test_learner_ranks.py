@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,7 @@ from tests.stages.learner_toys import (
     selected,
     whole_distance,
 )
+from tip_ray.contract.errors import RunDirectoryError
 from tip_ray.contract.tables import FLOAT32, column, list_array, list_of, offsets
 
 # Rows, which are micro-batches here, of rank 0 and rank 1 by step: unequal both ways round, a rank
@@ -67,6 +71,14 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
         Scenario("float16", tied, [first], dtype="float16"),
         Scenario("checkpointed", tied, [first], {"gradient_checkpointing": True}),
         Scenario("poisoned", tied, [first, [second[0], poisoned(second[1])], third]),
+    ]
+    # A checkpoint by two ranks, taken up by two; one by one rank, taken up by two.
+    by_two, by_one = str(folder / "by-two"), str(folder / "by-one")
+    play_on_one(Scenario("by-one", tied, [first, second], save=by_one))
+    made += [
+        Scenario("by-two", tied, [first, second], save=by_two),
+        Scenario("two-by-two", tied, [third], load=by_two),
+        Scenario("two-by-one", tied, [third], load=by_one),
     ]
     return {one.name: one for one in made}
 
@@ -157,3 +169,48 @@ def test_two_ranks_export_what_they_publish(scenarios, on_two) -> None:
     assert sorted(path.name for path in Path(scenario.export).iterdir()) == first.files
     for name, tensor in exported.named_parameters():
         assert torch.equal(tensor, first.weights[1][name])
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    assert found.keys() == expected.keys()
+    return all(torch.equal(found[name], own) for name, own in expected.items())
+
+
+def test_two_ranks_go_on_from_their_checkpoint_bit_for_bit(on_two) -> None:
+    whole, resumed = on_two["qwen3-tied"][0], on_two["two-by-two"][0]
+    assert same(resumed.weights[2], whole.weights[2])
+    assert same(resumed.weights[3], whole.weights[3])
+    assert resumed.reports[0].loss == whole.reports[2].loss
+
+
+def test_one_rank_takes_up_what_two_saved(scenarios, on_two) -> None:
+    by_two = scenarios["by-two"]
+    one = play_on_one(replace(by_two, steps=[], load=by_two.save, save=""))
+    assert same(one.weights[2], on_two["by-two"][0].weights[2])
+    assert same(one.moments, on_two["by-two"][0].moments)
+    assert {int(own) for name, own in one.moments.items() if name.startswith("step/")} == {2}
+
+
+def test_two_ranks_take_up_what_one_saved(scenarios, on_two) -> None:
+    by_one, two = scenarios["two-by-one"], on_two["two-by-one"][0]
+    one = play_on_one(by_one)
+    assert same(two.weights[2], one.weights[2])
+    assert distance(two.weights[3], one.weights[3]) < ROUNDING
+    assert distance(two.moments, one.moments) < 1e-4
+
+
+def test_saved_files_are_named_and_summed(scenarios, on_two) -> None:
+    for rank, played in enumerate(on_two["by-two"]):
+        content = (Path(scenarios["by-two"].save) / played.saved.name).read_bytes()
+        assert played.saved.name == f"learner-0000{rank}-of-00002.safetensors"
+        assert played.saved.nbytes == len(content)
+        assert played.saved.sha256 == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_missing_ranks_file_is_refused(missing, scenarios, on_two, tmp_path) -> None:
+    by_two = scenarios["by-two"]
+    there = on_two["by-two"][1 - missing].saved.name
+    shutil.copy(Path(by_two.save) / there, tmp_path)
+    with pytest.raises(RunDirectoryError, match=f"the file of rank {missing} is missing"):
+        play_on_one(replace(by_two, steps=[], load=str(tmp_path), save=""))

@@ -24,6 +24,7 @@ from tip_ray.compute.packing import MicroBatch
 from tip_ray.contract.errors import NotSupportedError
 from tip_ray.contract.spec import LossSpec, StudentSpec
 from tip_ray.stages.models import load_causal_lm
+from tip_ray.stages.state import MOMENTS, PARAMETER
 
 LOSS_CHUNK_ROWS = 512  # rows of [rows, V] logits alive at once; results do not depend on it
 REST = ""  # the layer group of everything outside the decoder layers
@@ -149,3 +150,43 @@ def gather_groups(
     for members in by_group.values():
         # Cast before gathering: half the bytes travel.
         yield {name: shard.detach().to(dtype).full_tensor() for name, shard in members}
+
+
+def training_rows(
+    root: KeptStudent, optimizer: torch.optim.Optimizer
+) -> dict[str, dict[str, torch.Tensor]]:
+    """This rank's rows of parameters and AdamW's moments, by kind and name, sharing their memory.
+
+    Moments that AdamW has not made yet are made as it would: zeros.
+    """
+    root.reshard()
+    named = dict(root.model.named_parameters())
+    for parameter in named.values():
+        if not optimizer.state[parameter]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
+            }
+    with torch.no_grad():
+        rows = {PARAMETER: {name: local(own) for name, own in named.items()}}
+        for moment in MOMENTS:
+            rows[moment] = {
+                name: local(optimizer.state[own][moment]) for name, own in named.items()
+            }
+    return rows
+
+
+def updates_made(optimizer: torch.optim.Optimizer) -> int:
+    """AdamW's own count, the same for every parameter."""
+    return int(next(iter(optimizer.state.values()))["step"].item())
+
+
+def set_updates_made(optimizer: torch.optim.Optimizer, updates: int) -> None:
+    """Set AdamW's own count."""
+    for moments in optimizer.state.values():
+        moments["step"].fill_(updates)
+
+
+def whole_shapes(root: KeptStudent) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter over all ranks."""
+    return {name: tuple(own.shape) for name, own in root.model.named_parameters()}

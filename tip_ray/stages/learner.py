@@ -1,7 +1,7 @@
 """LearnerActor: SELECTED -> an update of the student, its weights by version, its export.
 
 One actor is one FSDP2 rank. Methods marked collective must be called on every rank, in the same
-order; a rank that is missing makes the others fail after GROUP_TIMEOUT.
+order; a rank that is missing makes the others fail after rendezvous.GROUP_TIMEOUT.
 
     step    SELECTED of this rank -> micro-batches -> forward, backward, gradients summed over ranks
             -> clip -> AdamW. The weights of kept tokens hold all normalisation, so the step's loss
@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import math
 import resource
-import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 
 import pyarrow as pa
 import torch
@@ -33,14 +31,15 @@ from tip_ray.contract.seeds import derive_seed
 from tip_ray.contract.spec import LearnerSpec, LossSpec, StudentSpec
 from tip_ray.contract.tables import concat, newest_attempts, selected_schema
 from tip_ray.runtime.weights import WeightGroup
-from tip_ray.stages import fsdp
+from tip_ray.stages import fsdp, rendezvous, state
 from tip_ray.stages.export import write_export
+from tip_ray.stages.models import path_on_this_node
 from tip_ray.stages.schedule import learning_rate
+from tip_ray.stages.state import SavedFile
 
 # A float16 gradient below 6e-8 is 0, and a token's weight is one over the step's kept tokens. What
 # overflows instead is not finite, so that the update is skipped.
 FLOAT16_LOSS_SCALE = 4096.0
-GROUP_TIMEOUT = timedelta(minutes=30)  # the slowest rank's rows, or a slow consumer of publish
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,7 @@ class _Group:
     prefixes: tuple[str, ...]
     optimizer: torch.optim.Optimizer
     device: torch.device
+    world_size: int
     loss_scale: float
 
 
@@ -95,42 +95,31 @@ class LearnerActor:
 
     def address(self) -> tuple[str, int]:
         """Open the group's rendezvous on this node (rank 0 only) and say where it is."""
-        self._store = dist.TCPStore(
-            "localhost",  # for this rank's own connection; the store listens on every interface
-            0,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=GROUP_TIMEOUT,
-        )
-        return _node_ip(), self._store.port
+        self._store = rendezvous.open_store()
+        return rendezvous.node_ip(), self._store.port
 
     def join(self, host: str, port: int, world_size: int) -> None:
         """Form the group and shard the student over it. Collective.
 
         Raises:
-            NotSupportedError: the student's architecture cannot be trained this way.
+            SpecError: the student cannot be read, or its logits are not hidden @ head.
+            NotSupportedError: its architecture does not say which modules are its layers.
         """
         torch.set_num_threads(self._learner.num_cpus)
         device = torch.device("cuda" if self._learner.num_gpus else "cpu")
-        store = self._store or dist.TCPStore(host, port, is_master=False, timeout=GROUP_TIMEOUT)
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=store,
-            rank=self._rank,
-            world_size=world_size,
-            timeout=GROUP_TIMEOUT,
-        )
         model = fsdp.load_master(
-            self._model_path,
+            self._on_this_node(self._model_path),
             self._student,
             gradient_checkpointing=self._learner.gradient_checkpointing,
         )
         prefixes = fsdp.layer_prefixes(model)
+        store = self._store or dist.TCPStore(host, port, is_master=False)
+        rendezvous.meet(store, self._rank, world_size, device)
         root = fsdp.KeptStudent(model, self._loss, self._vocab_size)
         mesh = init_device_mesh(device.type, (world_size,))
         fsdp.shard(root, prefixes, mesh, getattr(torch, self._student.dtype))
         scale = FLOAT16_LOSS_SCALE if self._student.dtype == "float16" else 1.0
-        self._group = _Group(root, prefixes, self._adamw(root), device, scale)
+        self._group = _Group(root, prefixes, self._adamw(root), device, world_size, scale)
         self._reports, self._step = {}, 0
 
     def _adamw(self, root: fsdp.KeptStudent) -> torch.optim.Optimizer:
@@ -222,15 +211,14 @@ class LearnerActor:
         """Clip and step, or skip; the summed loss, the gradient's norm, and whether skipped."""
         group = self._joined()
         gradients = fsdp.local_gradients(group.root)
-        for gradient in gradients:
-            gradient.div_(group.loss_scale)
         square = float(torch.nn.utils.get_total_norm(gradients)) ** 2
         loss, square = fsdp.sum_over_ranks(local_loss, square, device=group.device)
-        norm = math.sqrt(square)
+        norm = math.sqrt(square) / group.loss_scale
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite and norm > 0:
+            factor = min(1.0, self._learner.grad_clip / norm) / group.loss_scale
             for gradient in gradients:
-                gradient.mul_(min(1.0, self._learner.grad_clip / norm))
+                gradient.mul_(factor)
             for parameters in group.optimizer.param_groups:
                 parameters["lr"] = learning_rate(self._learner, step, self._steps)
             group.optimizer.step()
@@ -246,11 +234,7 @@ class LearnerActor:
         Raises:
             ReplicaError: the weights here are of another version.
         """
-        if version != self._step:
-            raise ReplicaError(
-                f"learner rank {self._rank}: asked for version {version} after step {self._step}; "
-                "publish what was trained last"
-            )
+        self._check_at(version, "version")
         for tensors in self._whole_groups():
             packed = WeightGroup.pack(tensors)
             yield packed.nbytes
@@ -266,7 +250,7 @@ class LearnerActor:
         if self._rank:
             list(groups)  # take part in the gathering
             return []
-        return write_export(url, model_path, groups, self._student.dtype)
+        return write_export(url, self._on_this_node(model_path), groups, self._student.dtype)
 
     def _whole_groups(self) -> Iterator[dict[str, torch.Tensor]]:
         """Layer groups in the student's dtype on the CPU of rank 0; nothing on the others."""
@@ -279,23 +263,60 @@ class LearnerActor:
     def close(self) -> None:
         """Leave the group; the actor can join another."""
         self._group = self._store = None
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        rendezvous.part()
+
+    def save(self, url: str, step: int) -> SavedFile:
+        """Write this rank's part of the training state after `step` into the directory `url`.
+
+        Every rank must, in any order. The schedule is a function of the step, and random numbers
+        come from the run's seed: neither is state.
+
+        Raises:
+            ReplicaError: the state here is that of another step.
+        """
+        self._check_at(step, "the state of step")
+        group = self._joined()
+        rows = fsdp.training_rows(group.root, group.optimizer)
+        header = state.Header(
+            step=step,
+            updates=fsdp.updates_made(group.optimizer),
+            rank=self._rank,
+            ranks=group.world_size,
+            shapes=fsdp.whole_shapes(group.root),
+        )
+        flat = {f"{kind}/{name}": own for kind in rows for name, own in rows[kind].items()}
+        return state.save_rows(url, header, flat)
+
+    def load(self, url: str) -> int:
+        """Take up the state that any number of ranks saved in `url`; returns its step.
+
+        Every rank must, before it trains on.
+
+        Raises:
+            RunDirectoryError: it is missing, incomplete, broken, or another student's.
+        """
+        group = self._joined()
+        rows = fsdp.training_rows(group.root, group.optimizer)
+        header = state.load_rows(url, self._rank, group.world_size, rows)
+        fsdp.set_updates_made(group.optimizer, header.updates)
+        self._reports, self._step = {}, header.step
+        return header.step
+
+    def _check_at(self, step: int, what: str) -> None:
+        if step != self._step:
+            raise ReplicaError(
+                f"learner rank {self._rank}: asked for {what} {step} after step {self._step}; "
+                "ask for what was trained last"
+            )
+
+    def _on_this_node(self, model_path: str) -> str:
+        student = self._student
+        return path_on_this_node(model_path, student.model, student.revision, "student.model")
 
     def _joined(self) -> _Group:
         if self._group is None:
             raise ReplicaError(f"learner rank {self._rank}: in no group yet; call join first")
         return self._group
-
-
-def _node_ip() -> str:
-    """The address under which other nodes reach this one; loopback where there is no network."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("10.254.254.254", 1))  # picks a route; sends nothing
-        except OSError:
-            return "127.0.0.1"
-        return str(probe.getsockname()[0])
 
 
 def _peak_bytes(device: torch.device) -> int:
