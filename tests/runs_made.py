@@ -69,11 +69,8 @@ def made_samples(step: int, texts: list[list[str]], seed: int = 0) -> pa.Table:
                 **dict.fromkeys(("forward_kl", "student_logprob", "teacher_logprob"), values),
                 "kept": [index % 2 for index in range(m)],
                 "quadrant": [1 + index % 4 for index in range(m)],
-                **{
-                    f"{side}_top_{what}": top[what]
-                    for side in ("student", "teacher")
-                    for what in top
-                },
+                **dict.fromkeys(("student_top_ids", "teacher_top_ids"), top_ids),
+                **dict.fromkeys(("student_top_logprobs", "teacher_top_logprobs"), top_logprobs),
                 "weight_version": step - 1,
                 "finish_reason": "stop",
                 "text": text,
