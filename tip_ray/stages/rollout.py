@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 
 from tip_ray.compute.scorers import scorer
-from tip_ray.contract.errors import DataError
+from tip_ray.contract.errors import DataError, SpecError
 from tip_ray.contract.headers import Quarantined, RolloutHeader
 from tip_ray.contract.seeds import derive_seed
 from tip_ray.contract.spec import EvaluationSpec, RolloutSpec, StudentSpec
@@ -66,8 +66,11 @@ class RolloutActor:
             max_model_tokens: prompt and response of the longest row, evaluation included.
 
         Raises:
-            SpecError: the model cannot be read, or rollout.engine_args do not fit the engine.
+            SpecError: the model cannot be read, `k` is wider than the vocabulary, or
+                rollout.engine_args do not fit the engine.
         """
+        if not 1 <= k <= vocab_size:
+            raise SpecError("support.k", str(k), f"1 to the vocabulary's {vocab_size} ids")
         torch.set_num_threads(rollout.num_cpus)
         self._student, self._rollout, self._seed = student, rollout, seed
         self._config = EngineConfig(
@@ -259,7 +262,7 @@ def rollouts_table(
 def repeated_ngram_fraction(ids: npt.NDArray[Any], n: int = NGRAM) -> float:
     """Of all n-grams of `ids`, the fraction seen earlier in it; 0 when it is shorter than n."""
     grams = list(zip(*(ids[start:].tolist() for start in range(n)), strict=False))
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+    return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
 
 
 def _grouped(
