@@ -8,6 +8,7 @@ order; a rank that is missing makes the others fail after rendezvous.GROUP_TIMEO
             is the plain sum over kept tokens, micro-batches and ranks.
     publish masters -> student.dtype -> one WeightGroup a layer group, from rank 0
     export  the same, as a Hugging Face directory
+    save, load  masters and AdamW's moments of each rank's own rows, bit for bit
 """
 
 from __future__ import annotations
