@@ -11,16 +11,15 @@ from typing import Any
 from tip_ray.contract.run_state import RunState
 from tip_ray.contract.spec import RunSpec
 from tip_ray.control.crew import close_stages, make_stages, start_stages
-from tip_ray.control.driver import new_status
-from tip_ray.control.evaluate import Evaluator
 from tip_ray.control.journal import Journal
-from tip_ray.control.pipeline import Pipeline, Stages
+from tip_ray.control.lease import begin
+from tip_ray.control.pipeline import Stages
 from tip_ray.control.placement import demand
 from tip_ray.control.preflight import preflight
 from tip_ray.control.progress import SilentProgress
-from tip_ray.control.run_directory import RunDirectory
 from tip_ray.control.run_reader import RunReader
 from tip_ray.control.spec_file import load_spec
+from tip_ray.control.train import train
 from tip_ray.runtime.cluster import release, reserve
 from tip_ray.runtime.weights import WeightVersion
 
@@ -62,18 +61,16 @@ class Crew:
     async def _train(self, spec: RunSpec, run_root: Path, run_id: str) -> RunReader:
         await self._reset()
         checked = preflight(spec)
-        directory = RunDirectory.create(str(run_root), run_id, spec)
+        lease = begin(spec.model_copy(update={"run_root": str(run_root)}), run_id)
         first = spec.evaluation[0].name if spec.evaluation else None
-        status = new_status(spec, run_id, checked)
-        journal = Journal(directory, status, SilentProgress(), checked.tokenizer, first)
+        journal = Journal(lease.directory, lease.status, SilentProgress(), checked.tokenizer, first)
         await journal.state(RunState.STARTING)
         await journal.state(RunState.RUNNING)
-        evaluator = Evaluator(self.stages.rollout, spec.evaluation, checked.problems, spec.steps)
         try:
-            await Pipeline(spec, self.stages, checked.source, evaluator, journal).run()
+            await train(spec, checked, journal, self.stages)
         finally:
             journal.end(RunState.SUCCEEDED)
-        return RunReader(directory.url)
+        return RunReader(lease.directory.url)
 
     async def _reset(self) -> None:
         """A learner that has trained nothing, and its weights in the rollout replicas."""

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and `cancel` on a real run: its status, its exit code, and nothing left behind."""
+"""SIGTERM, SIGINT and `cancel` on a real run: status, exit code, and nothing left behind."""
 
 from __future__ import annotations
 

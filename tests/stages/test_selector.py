@@ -155,7 +155,7 @@ def cut_made(made: MadeStep) -> tuple[MadeStep, pa.Table, tuple]:
 
 def test_selected_holds_just_what_kept_tokens_need(cut_made: tuple) -> None:
     made, keep, (_, _, *selected) = cut_made
-    by_key = {key: row for key, row in zip(tables.keys(keep), keep.to_pylist(), strict=True)}
+    by_key = dict(zip(tables.keys(keep), keep.to_pylist(), strict=True))
     rollout = dict(zip(tables.keys(keep), made.rollouts.to_pylist(), strict=True))
     target = dict(zip(tables.keys(keep), made.targets.to_pylist(), strict=True))
     seen = []
@@ -183,7 +183,7 @@ def test_selected_holds_just_what_kept_tokens_need(cut_made: tuple) -> None:
 def test_samples_are_whole_rows_with_their_kept_tokens_marked(cut_made: tuple) -> None:
     made, keep, (_, samples, *_) = cut_made
     assert samples.num_rows == 3
-    by_key = {key: row for key, row in zip(tables.keys(keep), keep.to_pylist(), strict=True)}
+    by_key = dict(zip(tables.keys(keep), keep.to_pylist(), strict=True))
     rollout = dict(zip(tables.keys(keep), made.rollouts.to_pylist(), strict=True))
     for key, row in zip(tables.keys(samples), samples.to_pylist(), strict=True):
         assert row["response_ids"] == rollout[key]["response_ids"]

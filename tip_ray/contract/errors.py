@@ -33,9 +33,7 @@ class TipRayError(Exception):
         return (_rebuild, (type(self), self.args, self.__dict__))
 
 
-def _rebuild(
-    kind: type[TipRayError], args: tuple[Any, ...], state: dict[str, Any]
-) -> TipRayError:
+def _rebuild(kind: type[TipRayError], args: tuple[Any, ...], state: dict[str, Any]) -> TipRayError:
     """Rebuild an error without calling its own constructor, whatever its signature is."""
     error = kind.__new__(kind, *args)
     error.args = args

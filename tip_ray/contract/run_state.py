@@ -59,6 +59,8 @@ class RunStatus(BaseModel):
     state: RunState = RunState.PENDING
     epoch: int = 1
     """Incarnation of the driver that writes; the lease against a second one."""
+    driver: str = ""
+    """Tells two drivers of one epoch apart."""
     step: int = 0
     """Steps trained and published."""
     steps: int

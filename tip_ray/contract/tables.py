@@ -226,7 +226,7 @@ def column(table: pa.Table, name: str) -> npt.NDArray[Any]:
         if pa.types.is_fixed_size_list(array.type):
             width = array.type.list_size
         array = array.flatten()  # unlike .values, it respects a slice's offset
-    values = array.to_numpy(zero_copy_only=False)
+    values: npt.NDArray[Any] = array.to_numpy(zero_copy_only=False)
     return values if width is None else values.reshape(-1, width)
 
 
@@ -284,5 +284,3 @@ def _one_chunk(table: pa.Table, name: str) -> pa.Array:
     if chunked.num_chunks == 1:
         return chunked.chunk(0)
     return chunked.combine_chunks() if chunked.num_chunks else pa.array([], type=chunked.type)
-
-

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,13 +18,14 @@ from tip_ray.contract.errors import (
 from tip_ray.contract.run_state import RunState, RunStatus
 from tip_ray.contract.spec import RunSpec
 from tip_ray.control.crew import close_stages, make_stages, start_stages
-from tip_ray.control.evaluate import Evaluator
 from tip_ray.control.journal import Journal
-from tip_ray.control.pipeline import Pipeline, Stages
+from tip_ray.control.lease import begin, take_over
+from tip_ray.control.pipeline import Stages
 from tip_ray.control.placement import demand, total_cpus
 from tip_ray.control.preflight import Preflight, preflight
 from tip_ray.control.progress import Progress
 from tip_ray.control.run_directory import RunDirectory, check_run_id, new_run_id
+from tip_ray.control.train import train
 from tip_ray.runtime.cluster import connected, refuse_what_never_fits, release, reserve
 from tip_ray.runtime.tasks import beside
 
@@ -43,6 +43,9 @@ def run(
 ) -> RunStatus:
     """The whole run, with this process as its driver.
 
+    A run id that exists is gone on with, from its newest good checkpoint; one that has succeeded
+    is left as it is.
+
     Args:
         run_id: a new one is made up if it is None.
         ray_address: a cluster to run on; None starts a private one on this machine.
@@ -53,13 +56,19 @@ def run(
         RunFailedError, RunCancelledError, RunTerminatedError: how the run ended otherwise.
     """
     run_id = check_run_id(run_id or new_run_id(spec.name))
+    lease = take_over(spec, run_id)
+    if lease is not None and lease.status.state is RunState.SUCCEEDED:
+        progress.message(f"{run_id} has succeeded before; nothing to do")
+        return lease.status
     checked = preflight(spec)
-    directory = RunDirectory.create(spec.run_root, run_id, spec)
+    lease = lease or begin(spec, run_id)
+    lease.claim(spec)
+    directory = lease.directory
     for line in checked.first_prompt:
         progress.message(line)
     journal = Journal(
         directory,
-        new_status(spec, run_id, checked),
+        lease.status.model_copy(update={"prompts_skipped": checked.source.skipped}),
         progress,
         checked.tokenizer,
         spec.evaluation[0].name if spec.evaluation else None,
@@ -82,35 +91,21 @@ async def _drive(spec: RunSpec, checked: Preflight, journal: Journal) -> None:
         groups = await reserve(bundles, timeout_s=spec.faults.placement_timeout_s)
         stages = make_stages(spec, checked.facts, groups, journal.event)
         try:
-            await beside(journal.heartbeat(), _train(spec, checked, journal, stages))
+            await beside(journal.heartbeat(), _start_and_train(spec, checked, journal, stages))
         finally:
             close_stages(stages)
             release(groups)
 
 
-async def _train(spec: RunSpec, checked: Preflight, journal: Journal, stages: Stages) -> None:
+async def _start_and_train(
+    spec: RunSpec, checked: Preflight, journal: Journal, stages: Stages
+) -> None:
     journal.waiting_for("replicas that load their models")
     await start_stages(stages)
     await journal.state(RunState.RUNNING)
-    evaluator = Evaluator(stages.rollout, spec.evaluation, checked.problems, spec.steps)
-    pipeline = Pipeline(spec, stages, checked.source, evaluator, journal)
-    await pipeline.run()
+    await train(spec, checked, journal, stages)
     url = f"{journal.directory.url}/export"
     await stages.learner.call_same("export", url, checked.facts.student_path)
-
-
-def new_status(spec: RunSpec, run_id: str, checked: Preflight) -> RunStatus:
-    """The status of a run that begins now."""
-    now = time.time()
-    return RunStatus(
-        run_id=run_id,
-        name=spec.name,
-        steps=spec.steps,
-        started_at=now,
-        updated_at=now,
-        heartbeat_at=now,
-        prompts_skipped=checked.source.skipped,
-    )
 
 
 @contextmanager

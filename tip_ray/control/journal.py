@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -28,6 +29,7 @@ from tip_ray.contract.run_state import (
 )
 from tip_ray.control.progress import Progress
 from tip_ray.control.run_directory import RunDirectory
+from tip_ray.control.run_reader import RunReader
 from tip_ray.control.samples import with_text
 
 Result = TypeVar("Result")
@@ -128,6 +130,20 @@ class Journal:
         self._progress.evaluation(result)
         await self._settle()
 
+    def warn(self, kind: str, line: str) -> None:
+        """An event that a person should see. Returns at once."""
+        self.event(kind, reason=line)
+        self._progress.message(f"warning: {line}")
+
+    async def rewind(self, step: int) -> None:
+        """Go back to the end of `step`: later metrics and samples are about to be made again."""
+        if step == self.status.step == 0:
+            return
+        self._submit(self.directory.forget_after, step)
+        counted = await self._run(partial(_counted, RunReader(self.directory.url)))
+        self._change(step=step, weight_version=step, **counted)
+        await self._settle()
+
     async def cancel_requested(self) -> bool:
         """Whether somebody asked for the run to stop."""
         return await self._run(self.directory.cancel_requested)
@@ -184,3 +200,18 @@ class Journal:
         self._pending = [future for future in self._pending if not future.done()]
         for future in done:
             future.result()
+
+
+def _counted(reader: RunReader) -> dict[str, Any]:
+    """What status.json counts over all steps, from the metrics that are there."""
+    rows = reader.read_metrics().to_pylist()
+    totals = {
+        "tokens_generated": "tokens_generated",
+        "tokens_kept": "tokens_kept",
+        "bytes_shipped": "bytes_cut_to_learner",
+        "bytes_unpruned": "bytes_unpruned_to_learner",
+        "updates_skipped": "update_skipped",
+    }
+    last = rows[-1] if rows else {}
+    latest = {name: last.get(name) for name in ("loss", "kept_fraction", "learner_tokens_per_s")}
+    return {ours: sum(row[name] for row in rows) for ours, name in totals.items()} | latest

@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -32,6 +33,7 @@ from tip_ray.contract.headers import (
     TeacherHeader,
 )
 from tip_ray.contract.spec import RunSpec
+from tip_ray.control.checkpoint import Checkpoints, Manifest
 from tip_ray.control.evaluate import Evaluator
 from tip_ray.control.journal import Journal
 from tip_ray.control.step_metrics import StepTrace, step_metrics
@@ -41,7 +43,7 @@ from tip_ray.runtime.pool import Pool
 from tip_ray.runtime.tasks import first_leaf, together
 from tip_ray.runtime.weights import WeightVersion
 from tip_ray.stages.cut import cut
-from tip_ray.stages.prompts import PromptSource
+from tip_ray.stages.prompts import Cursor, PromptSource
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class _Prepared:
     step: int
     selected: list[list[Any]]  # by rank, references of SELECTED tables
     samples: list[Any]  # references of SAMPLES tables
+    cursor: Cursor  # where the next step's prompts begin
     trace: StepTrace
 
 
@@ -89,10 +92,12 @@ class Pipeline:
         source: PromptSource,
         evaluator: Evaluator,
         journal: Journal,
+        checkpoints: Checkpoints,
         frozen: QuadrantThresholds | None = None,
     ) -> None:
         self._spec, self._stages, self._source = spec, stages, source
         self._evaluator, self._journal = evaluator, journal
+        self._checkpoints = checkpoints
         self._frozen = frozen
         self._slots = asyncio.Semaphore(spec.max_lag + 1)
         self._first_selected = asyncio.Event()
@@ -103,8 +108,9 @@ class Pipeline:
         """Train steps `first_step` to `spec.steps`, evaluating before, in between and after.
 
         Raises:
-            RunCancelledError: asked to stop; the step in progress was finished.
-            RunFailedError: a pool, the learner or the data gave out.
+            RunCancelledError: asked to stop; the step in progress was finished and saved.
+            RunFailedError: a pool or the data gave out.
+            ReplicaError: a learner rank is lost, and with it the others' state.
         """
         if first_step == 1:
             await self._evaluate(0)
@@ -128,7 +134,7 @@ class Pipeline:
         for step in range(first_step, self._spec.steps + 1):
             await self._slots.acquire()
             prompts = self._source.take(step, self._spec.prompts.prompts_per_step)
-            work = RolloutWork(step, prompts)
+            work = RolloutWork(step, prompts, self._source.cursor)
             queue.put_nowait(group.create_task(self._prepare(work)))
 
     async def _learn_loop(
@@ -150,7 +156,7 @@ class Pipeline:
             trace.seconds_step, ended = now - ended, now
             metrics = step_metrics(trace)
             await self._journal.step(metrics, await together(*map(_get, prepared.samples)))
-            await self._stop_if_asked(prepared.step)
+            await self._checkpoint_or_stop(prepared)
             self._slots.release()
 
     async def _prepare(self, work: RolloutWork) -> _Prepared:
@@ -159,7 +165,7 @@ class Pipeline:
         scored = await self._generate_and_score(work, trace)
         self._refuse_too_many(work)
         keep = await self._select(work, scored, trace)
-        return await self._cut_all(work.step, scored, keep, trace)
+        return await self._cut_all(work, scored, keep, trace)
 
     async def _generate_and_score(self, work: RolloutWork, trace: StepTrace) -> list[_Scored]:
         """Consumes PROMPTS, produces scored batches.
@@ -226,7 +232,7 @@ class Pipeline:
         return answer.refs[0]
 
     async def _cut_all(
-        self, step: int, scored: list[_Scored], keep: Any, trace: StepTrace
+        self, work: RolloutWork, scored: list[_Scored], keep: Any, trace: StepTrace
     ) -> _Prepared:
         """TARGETS + KEEP -> SELECTED, each batch on the node where its TARGETS lie."""
         ranks = len(self._stages.learner)
@@ -239,9 +245,10 @@ class Pipeline:
         ]
         trace.cuts = await together(*(_get(refs[0]) for refs in cuts))
         return _Prepared(
-            step=step,
+            step=work.step,
             selected=[[refs[2 + rank] for refs in cuts] for rank in range(ranks)],
             samples=[refs[1] for refs in cuts],
+            cursor=work.cursor,
             trace=trace,
         )
 
@@ -261,16 +268,8 @@ class Pipeline:
         return reports
 
     async def _publish(self, step: int, trace: StepTrace) -> None:
-        """The learner's weights -> every rollout replica, each when its engine is empty."""
         began = time.monotonic()
-        groups = await self._stages.learner.stream("publish", step)
-        version = WeightVersion(
-            version=step,
-            group_refs=tuple(ref for _, ref in groups),
-            nbytes=sum(nbytes for nbytes, _ in groups),
-        )
-        await self._stages.rollout.adopt(version)
-        trace.weights = version
+        trace.weights = await publish(self._stages, step)
         trace.seconds_publish = time.monotonic() - began
 
     async def _evaluate(self, step: int, trace: StepTrace | None = None) -> None:
@@ -281,9 +280,31 @@ class Pipeline:
         if trace is not None:
             trace.seconds_evaluation = time.monotonic() - began
 
-    async def _stop_if_asked(self, step: int) -> None:
-        if step < self._spec.steps and await self._journal.cancel_requested():
+    async def _checkpoint_or_stop(self, prepared: _Prepared) -> None:
+        """A checkpoint every few steps, after the last, and before the run stops as asked.
+
+        It comes last in its step: what it says is trained has its metrics and samples on disk.
+        """
+        step, last = prepared.step, prepared.step == self._spec.steps
+        asked = not last and await self._journal.cancel_requested()
+        if asked or last or step % self._spec.checkpoint.every_steps == 0:
+            await self._save(prepared)
+        if asked:
             raise RunCancelledError(f"cancelled after step {step}, as was asked")
+
+    async def _save(self, prepared: _Prepared) -> None:
+        assert self._frozen is not None
+        began, step = time.monotonic(), prepared.step
+        manifest = partial(
+            Manifest,
+            step=step,
+            weight_version=step,
+            seed=self._spec.seed,
+            cursor=prepared.cursor,
+            frozen_thresholds=self._frozen,
+        )
+        await self._checkpoints.save(self._stages.learner, manifest, step)
+        self._journal.event("checkpoint", step=step, seconds=time.monotonic() - began)
 
     def _refuse_too_many(self, work: RolloutWork) -> None:
         """Quarantine is for the odd poisonous prompt: past a fraction the run fails."""
@@ -295,6 +316,22 @@ class Pipeline:
                 f"step {work.step}: {len(quarantined)} of {work.rows} rollouts quarantined, more "
                 f"than faults.max_quarantined_fraction; first: {quarantined[0].reason}"
             )
+
+
+async def publish(stages: Stages, step: int) -> WeightVersion:
+    """The learner's weights after `step` -> every rollout replica, each when its engine is empty.
+
+    Raises:
+        ReplicaError: a learner rank died.
+    """
+    groups = await stages.learner.stream("publish", step)
+    version = WeightVersion(
+        version=step,
+        group_refs=tuple(ref for _, ref in groups),
+        nbytes=sum(nbytes for nbytes, _ in groups),
+    )
+    await stages.rollout.adopt(version)
+    return version
 
 
 async def _get(ref: Any) -> Any:

@@ -28,6 +28,7 @@ from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
@@ -174,11 +175,11 @@ class RunDirectory:
             RunDirectoryError: a driver of a later epoch has taken the run over.
         """
         with self._lock:
-            epoch = self._epoch_on_disk()
-            if epoch > status.epoch:
+            epoch, driver = self._lease_on_disk()
+            if epoch > status.epoch or (epoch == status.epoch and driver != status.driver):
                 raise RunDirectoryError(
-                    f"{self.url}: taken over by a driver of epoch {epoch}, this one is of "
-                    f"{status.epoch}; let that one go on"
+                    f"{self.url}: taken over by another driver (epoch {epoch}, this one is of "
+                    f"{status.epoch}); let that one go on"
                 )
             self.storage.write(STATUS, status.model_dump_json(indent=1).encode())
             self.flush_log()
@@ -190,6 +191,18 @@ class RunDirectory:
             self.storage.write(f"{METRICS}/{_metrics_name(metrics.step)}", to_parquet(row))
             if metrics.step % MERGE_STEPS == 0:
                 self._merge_metrics(metrics.step)
+
+    def forget_after(self, step: int) -> None:
+        """Drop metrics and samples of later steps: they are about to be made again."""
+        with self._lock:
+            for name in self.storage.names(METRICS):
+                if name.startswith("steps-"):
+                    self._shorten(f"{METRICS}/{name}", step)
+            for directory in (METRICS, SAMPLES_DIRECTORY):
+                for name in self.storage.names(directory):
+                    number = name.removeprefix("step-").partition(".")[0]
+                    if number.isdecimal() and int(number) > step:
+                        self.storage.delete(f"{directory}/{name}")
 
     def write_event(self, kind: str, step: int, **fields: Any) -> None:
         """One small file; its name sorts by time. `fields` are JSON or pydantic models."""
@@ -255,11 +268,22 @@ class RunDirectory:
         """Forget the request: the run was told to go on."""
         self.storage.delete(CANCEL)
 
-    def _epoch_on_disk(self) -> int:
+    def _shorten(self, name: str, step: int) -> None:
+        """Keep only the rows up to `step` of a merged metrics part."""
+        table = from_parquet(self.storage.read(name), name)
+        kept = table.filter(pc.less_equal(table.column("step"), step))
+        if kept.num_rows == 0:
+            self.storage.delete(name)
+        elif kept.num_rows < table.num_rows:
+            self.storage.write(name, to_parquet(kept))
+
+    def _lease_on_disk(self) -> tuple[int, str]:
+        """(epoch, driver) of status.json."""
         try:
-            return int(json.loads(self.storage.read(STATUS))["epoch"])
+            status = json.loads(self.storage.read(STATUS))
+            return int(status["epoch"]), str(status["driver"])
         except (NotFoundError, ValueError, KeyError, TypeError):
-            return 0  # none yet, or unreadable: this write mends it
+            return 0, ""  # none yet, or unreadable: this write mends it
 
     def _merge_metrics(self, last: int) -> None:
         """One part of the hundred steps up to `last` instead of a hundred; then drop those."""

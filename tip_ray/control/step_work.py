@@ -10,13 +10,14 @@ import pyarrow as pa
 from tip_ray.contract import tables
 from tip_ray.contract.headers import Quarantined, RolloutHeader
 from tip_ray.contract.tables import Key
+from tip_ray.stages.prompts import Cursor
 
 
 class RolloutWork:
     """Every key of a step's PROMPTS ends in exactly one of `row_tokens` and `quarantined`."""
 
-    def __init__(self, step: int, prompts: pa.Table) -> None:
-        self.step = step
+    def __init__(self, step: int, prompts: pa.Table, cursor: Cursor) -> None:
+        self.step, self.cursor = step, cursor  # the cursor behind the step's prompts
         self.row_tokens: dict[Key, int] = {}  # prompt and response tokens of what came back
         self._prompts = prompts
         self._keys = tables.keys(prompts)

@@ -6,6 +6,7 @@ RunDirectoryError otherwise.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import uuid
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ _OBJECT_STORES = frozenset(
 _STORE_PACKAGES = frozenset(
     {"botocore", "aiobotocore", "s3fs", "gcsfs", "google", "adlfs", "azure", "aiohttp"}
 )
+_PIECE_BYTES = 1 << 20
 
 
 @contextmanager
@@ -175,6 +177,28 @@ class Storage:
                 self.filesystem.rm_file(path)
         except (FileNotFoundError, KeyError):
             return
+
+    def digest(self, name: str) -> tuple[int, str]:
+        """(bytes, SHA-256) of a file, read in pieces; raises NotFoundError or RunDirectoryError."""
+        path, sha256, nbytes = self.path(name), hashlib.sha256(), 0
+        try:
+            with (
+                storage_errors(f"{path}: cannot be read"),
+                self.filesystem.open(path, "rb") as file,
+            ):
+                while piece := file.read(_PIECE_BYTES):
+                    sha256.update(piece)
+                    nbytes += len(piece)
+        except (FileNotFoundError, KeyError):
+            raise NotFoundError(f"{path}: no such file") from None
+        return nbytes, sha256.hexdigest()
+
+    def remove_empty(self, directory: str) -> None:
+        """Remove a directory that holds nothing; object stores have no such thing."""
+        path = self.path(directory)
+        if self.local and os.path.isdir(path) and not os.listdir(path):
+            with storage_errors(f"{path}: cannot be removed"):
+                os.rmdir(path)
 
     def _make_parent(self, path: str) -> None:
         if not self._object_store:
