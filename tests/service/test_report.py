@@ -15,7 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tests.runs_made import QUICKSTART, made_metrics, made_run, made_samples, made_status
+from tests.runs_made import (
+    QUICKSTART,
+    made_evaluation,
+    made_metrics,
+    made_run,
+    made_samples,
+    made_status,
+)
 from tip_ray.contract.errors import NotFoundError
 from tip_ray.contract.run_state import RunState
 from tip_ray.control.run_directory import METRICS_SCHEMA, RunDirectory
@@ -102,10 +109,12 @@ def test_what_a_model_says_stays_text(tmp_path: Path) -> None:
     directory = made_run(tmp_path, "a-run")
     for step in (1, 12):
         directory.write_samples(step, made_samples(step, [evil]))
+    directory.write_evaluation(made_evaluation(12, 0.5, name="</script><b>evil"))
     error = "<b>bold</b>"
     directory.write_status(made_status("a-run", step=12, state=RunState.FAILED, error=error))
     page = Page(render([RunReader(directory.url)]))
     assert len(page.scripts) == 3
+    assert "</script><b>evil" in [t["name"] for t in page.figures["accuracy"]["traces"]]
     assert not {"img", "b"} & {tag for tag, a in page.tags if tag != "b" or a}
     assert "</script><script>alert(1)</script>" in page.text
     assert error in page.text
