@@ -55,3 +55,9 @@ def test_impossible_ids_are_never_drawn() -> None:
     for uniform, first_or_last in ((0.0, 1), (float(np.nextafter(1.0, 0.0)), 10)):
         assert int(sample(masked_V[None], [1.0], [1.0], [uniform])) == first_or_last
     assert frequencies(masked_V)[[0, 5, 11]].sum() == 0
+
+
+def test_not_a_number_stays_within_the_vocabulary() -> None:
+    broken_V = torch.full((12,), float("nan"))
+    for temperature in (0.0, 1.0):
+        assert 0 <= int(sample(broken_V[None], [temperature], [0.9], [0.5])) < 12

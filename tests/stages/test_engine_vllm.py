@@ -25,7 +25,7 @@ from tests.stages.rollout_toys import (
     request,
     save_student,
 )
-from tip_ray.contract.errors import ReplicaError, SpecError
+from tip_ray.contract.errors import ModelMismatchError, ReplicaError, SpecError
 from tip_ray.stages.engines.vllm import VllmEngine
 
 # One engine after the other: pytest groups the tests by these names.
@@ -112,7 +112,7 @@ def test_greedy(engine: VllmEngine) -> None:
 
 @on("qwen3")
 def test_seed_decides_the_response(engine: VllmEngine) -> None:
-    asked = [request(i, prompt(6), seed=77 if i < 2 else 78) for i in range(3)]
+    asked = [request(i, prompt(6), seed=2**63 - 1 if i < 2 else 2**63 - 2) for i in range(3)]
     first, twin, other = (by_index(engine.generate(asked))[i].response_ids for i in range(3))
     np.testing.assert_array_equal(first, twin)
     assert first.tolist() != other.tolist()
@@ -221,6 +221,17 @@ def test_weights_wait_for_an_empty_engine(engine: VllmEngine, students: dict[str
         engine.load_weights(model.named_parameters())
     stream.close()
     engine.load_weights(model.named_parameters())
+
+
+@on("qwen3")
+def test_weights_that_are_left_out_are_noticed(
+    engine: VllmEngine, students: dict[str, str]
+) -> None:
+    own = dict(reference_model(students["qwen3"]).named_parameters())
+    left_out = "model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(ModelMismatchError, match=f"no values for the student's {left_out}"):
+        engine.load_weights((name, one) for name, one in own.items() if name != left_out)
+    engine.load_weights(own.items())
 
 
 @on("qwen3")

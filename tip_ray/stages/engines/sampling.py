@@ -38,7 +38,8 @@ def sample(
     uniform_R1 = torch.tensor(uniforms, dtype=torch.float64, device=device)[:, None]
     drawn_R1 = torch.searchsorted(cumulative_RV, uniform_R1 * total_R1, right=True)
     last_R1 = torch.searchsorted(cumulative_RV, total_R1)  # the last id of any probability
-    drawn_R = torch.minimum(drawn_R1, last_R1).squeeze(1)
+    # Within the vocabulary even where logits are NaN, which the trace then shows.
+    drawn_R = torch.minimum(drawn_R1, last_R1).squeeze(1).clamp(max=logits_RV.shape[1] - 1)
     return torch.where(temperature_R1.squeeze(1) == 0, greedy_R, drawn_R)
 
 

@@ -9,14 +9,16 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from tip_ray.contract.errors import ReplicaError, SpecError
+from tip_ray.contract.errors import ModelMismatchError, ReplicaError, SpecError
 from tip_ray.stages.engines.base import EngineConfig, Finished, Request
 from tip_ray.stages.engines.vllm_args import FIELD, build_engine_args
 from tip_ray.stages.engines.workarounds import prepare_process
@@ -56,6 +58,9 @@ class VllmEngine:
         self._chunked_on_cpu = (
             config.num_gpus == 0 and settings.scheduler_config.enable_chunked_prefill
         )
+        self._weight_names = _weight_names(
+            config.path, tied=settings.model_config.hf_text_config.tie_word_embeddings
+        )
         self._numbers = itertools.count()
 
     def generate(self, requests: Sequence[Request]) -> Generator[list[Finished], None, None]:
@@ -81,13 +86,18 @@ class VllmEngine:
 
         Raises:
             ReplicaError: responses are being made.
+            ModelMismatchError: a weight of the checkpoint was left out; vLLM would keep the old.
         """
         if self._engine.has_unfinished_requests():
             raise ReplicaError("rollout engine: weights may only change when it is empty")
+        missing = set(self._weight_names)
+        source = _ticked_off(tensors, missing)
         if self._config.tensor_parallel == 1:
-            self._rpc("tip_ray_reload", iter(tensors))
+            self._rpc("tip_ray_reload", source)
         else:
-            self._reload_through_file(tensors)
+            self._reload_through_file(source)
+        if missing:
+            raise ModelMismatchError(f"weights: no values for the student's {min(missing)}")
         # Cached prefixes were computed with the old weights.
         if not self._engine.reset_prefix_cache():
             raise ReplicaError("rollout engine: the prefix cache could not be reset")
@@ -148,8 +158,6 @@ class VllmEngine:
 
     def _reload_through_file(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Workers are processes: an iterator would be pickled to each, memory is shared."""
-        from safetensors.torch import save_file
-
         base = _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None
         folder = tempfile.mkdtemp(prefix="tip-ray-weights-", dir=base)
         try:
@@ -162,3 +170,20 @@ class VllmEngine:
     def _rpc(self, method: str, argument: Any) -> Any:
         """The first rank's answer."""
         return self._engine.collective_rpc(method, args=(argument,))[0]
+
+
+def _weight_names(path: str, *, tied: bool) -> set[str]:
+    """Names of a checkpoint's weights; of a tied pair only the embedding counts."""
+    names: set[str] = set()
+    for file in Path(path).glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            names.update(opened.keys())
+    return names - {"lm_head.weight"} if tied else names
+
+
+def _ticked_off(
+    tensors: Iterable[tuple[str, torch.Tensor]], missing: set[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in tensors:
+        missing.discard(name)
+        yield name, tensor
