@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import threading
@@ -255,6 +256,15 @@ def test_a_metrics_part_that_is_listed_but_absent_does_not_hang(tmp_path: Path) 
 def test_no_name_leaves_the_root(name: str, root: str) -> None:
     with pytest.raises(RunDirectoryError, match="not a name inside"):
         Storage(root).path(name)
+
+
+def test_a_digest_is_that_of_the_whole_file(root: str) -> None:
+    storage = Storage(root)
+    content = bytes(range(256)) * 5000  # more than one piece
+    storage.write("a/b.bin", content)
+    assert storage.digest("a/b.bin") == (len(content), hashlib.sha256(content).hexdigest())
+    with pytest.raises(NotFoundError, match="no such file"):
+        storage.digest("a/absent.bin")
 
 
 def test_no_link_leaves_the_root(tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ class Storage:
         path, sha256, nbytes = self.path(name), hashlib.sha256(), 0
         try:
             with (
-                storage_errors(f"{path}: cannot be read"),
+                storage_errors(f"{path}: cannot be read", pass_absent=True),
                 self.filesystem.open(path, "rb") as file,
             ):
                 while piece := file.read(_PIECE_BYTES):
