@@ -64,7 +64,7 @@ def once(scenario: Scenario) -> Played:
 @pytest.fixture
 def actor(scenario: Scenario):
     made = scenario.actor(0)
-    made.join(*made.address(), 1)
+    made.join("localhost", made.open_port(), 1)
     yield made
     made.close()
 
@@ -175,7 +175,7 @@ def test_work_before_join_is_refused(scenario) -> None:
 def test_a_closed_rank_can_join_again_from_the_start(scenario, actor) -> None:
     first = actor.train_step(1, scenario.steps[0][0])
     actor.close()
-    actor.join(*actor.address(), 1)
+    actor.join("localhost", actor.open_port(), 1)
     assert actor.train_step(1, scenario.steps[0][0]).loss == first.loss
 
 
@@ -187,7 +187,7 @@ def test_a_head_that_bends_its_logits_is_refused(path, scenario, tmp_path: Path)
     actor = replace(scenario, path=str(tmp_path)).actor(0)
     try:
         with pytest.raises(SpecError, match="final_logit_softcapping"):
-            actor.join(*actor.address(), 1)
+            actor.join("localhost", actor.open_port(), 1)
     finally:
         actor.close()
 
@@ -199,7 +199,7 @@ def test_published_weights_are_the_cast_masters_under_the_files_names(scenario, 
     with safe_open(f"{path}/model.safetensors", "pt") as file:
         masters = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     half = replace(scenario, dtype="bfloat16").actor(0)
-    half.join(*half.address(), 1)
+    half.join("localhost", half.open_port(), 1)
     groups = list(half.publish(0))[1::2]
     half.close()
     weights = {name: tensor for group in groups for name, tensor in group.tensors()}

@@ -63,7 +63,7 @@ def test_saving_leaves_nothing_else_behind(scenario) -> None:
 
 def test_the_state_of_another_step_is_not_saved(scenario, tmp_path) -> None:
     actor = scenario.actor(0)
-    actor.join(*actor.address(), 1)
+    actor.join("localhost", actor.open_port(), 1)
     with pytest.raises(ReplicaError, match="asked for the state of step 3 after step 0"):
         actor.save(str(tmp_path), 3)
     actor.close()

@@ -19,6 +19,7 @@ from tip_ray.control.run_directory import RAY_JOB_VARIABLE, RunDirectory, check_
 from tip_ray.control.run_reader import RunReader
 from tip_ray.control.spec_file import Difference, differences, load_spec, parse_assignments
 from tip_ray.control.templates import TEMPLATES
+from tip_ray.runtime.auth import require_a_token
 
 
 def init(options: argparse.Namespace) -> int:
@@ -69,6 +70,7 @@ def run(options: argparse.Namespace) -> int:
     run_id = given or new_run_id(spec.name)
     write(run_id)
     sys.stdout.flush()
+    require_a_token(options.ray_address)  # before Ray is imported, which the driver does
     from tip_ray.control import driver
 
     progress, ending = TerminalProgress(), _Ending()

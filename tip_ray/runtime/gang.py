@@ -29,8 +29,9 @@ class Gang:
     async def start(self) -> None:
         """Make all ranks and let them meet at an address of rank 0."""
         self._actors = [self._create(rank) for rank in range(self._size)]
-        address = asyncio.gather(self._actors[0].address.remote())
-        [(host, port)] = await self._guard(address, "address")
+        first = self._actors[0]
+        address = asyncio.gather(first.node_address.remote(), first.open_port.remote())
+        host, port = await self._guard(address, "start")
         await self.call_same("join", host, port, self._size)
 
     async def call(self, method: str, args: Sequence[Sequence[Any]]) -> list[Any]:

@@ -32,6 +32,10 @@ class Located:
     def node_id(self) -> str:
         return str(ray.get_runtime_context().get_node_id())
 
+    def node_address(self) -> str:
+        """Under which the cluster's other nodes reach this one."""
+        return str(ray.util.get_node_ip_address())
+
 
 def actor_class(stage: type) -> Any:
     """A stage's plain class as a Ray actor class; it is never restarted or retried by Ray."""

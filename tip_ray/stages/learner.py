@@ -94,10 +94,10 @@ class LearnerActor:
         self._reports: dict[int, LearnerReport] = {}
         self._step = 0  # the last step trained
 
-    def address(self) -> tuple[str, int]:
-        """Open the group's rendezvous on this node (rank 0 only) and say where it is."""
+    def open_port(self) -> int:
+        """Open the group's rendezvous on this node (rank 0 only) and say on which port."""
         self._store = rendezvous.open_store()
-        return rendezvous.node_ip(), self._store.port
+        return self._store.port
 
     def join(self, host: str, port: int, world_size: int) -> None:
         """Form the group and shard the student over it. Collective.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from datetime import timedelta
 
 import torch
@@ -38,13 +37,3 @@ def part() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def node_ip() -> str:
-    """The address under which other nodes reach this one; loopback where there is no network."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("10.254.254.254", 1))  # picks a route; sends nothing
-        except OSError:
-            return "127.0.0.1"
-        return str(probe.getsockname()[0])
