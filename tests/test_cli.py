@@ -23,6 +23,7 @@ from tip_ray.contract.spec import RunSpec
 from tip_ray.control import driver
 from tip_ray.control.progress import Progress
 from tip_ray.control.run_directory import RunDirectory, is_run_id
+from tip_ray.control.run_reader import RunReader
 from tip_ray.control.spec_file import load_spec
 
 Outcome = tuple[int, str, str]
@@ -213,14 +214,23 @@ def test_a_failed_run_says_why_and_leaves_a_report(
     assert Path("runs/a-run/report.html").exists()
 
 
-def test_an_existing_run_is_not_summed_up_as_if_it_had_just_run(
-    call: Call, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made_run("runs", "a-run")
-    time.sleep(0.01)
-    outcome = call("run", QUICKSTART, "--run-id", "a-run")
-    assert "the run exists" in refused(outcome, 2)
-    assert "SUCCEEDED" not in outcome[1]
+def test_a_run_that_has_succeeded_is_left_as_it_is(call: Call) -> None:
+    directory = made_run("runs", "a-run", steps=40)
+    before = RunReader(directory.url).read_status()
+    code, out, _ = call("run", QUICKSTART, "--run-id", "a-run")
+    assert code == 0
+    assert "nothing to do" in out
+    assert "after step" not in out  # no summary: nothing was run
+    assert RunReader(directory.url).read_status() == before
+
+
+def test_a_resume_with_another_spec_is_refused(call: Call) -> None:
+    directory = made_run("runs", "a-run", steps=40)
+    failed = made_status("a-run", state=RunState.FAILED, step=3)
+    directory.write_status(failed)
+    outcome = call("run", QUICKSTART, "--run-id", "a-run", "--set", "seed=9")
+    assert "seed: found 9, expected 0 as the run was begun" in refused(outcome, 2)
+    assert RunReader(directory.url).read_status() == failed
 
 
 def test_a_bug_is_one_line_and_a_traceback_with_debug(

@@ -117,10 +117,25 @@ def test_readers_never_see_half_a_status(tmp_path: Path) -> None:
 
 
 def test_a_driver_that_was_replaced_cannot_write(directory: RunDirectory) -> None:
-    directory.write_status(made_status("a-run", epoch=2))
-    with pytest.raises(RunDirectoryError, match="taken over by a driver of epoch 2"):
-        directory.write_status(made_status("a-run", epoch=1))
-    directory.write_status(made_status("a-run", epoch=3))
+    directory.write_status(made_status("a-run", epoch=2, driver="ours"))
+    for epoch, driver in ((1, "ours"), (2, "theirs")):
+        with pytest.raises(RunDirectoryError, match="taken over by another driver"):
+            directory.write_status(made_status("a-run", epoch=epoch, driver=driver))
+    directory.write_status(made_status("a-run", epoch=2, driver="ours", step=1))
+    directory.write_status(made_status("a-run", epoch=3, driver="theirs"))
+
+
+def test_steps_that_will_be_made_again_are_forgotten(
+    directory: RunDirectory, reader: RunReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_directory, "MERGE_STEPS", 5)
+    for step in range(1, 13):
+        directory.append_metrics(made_metrics(step))
+        directory.write_samples(step, made_samples(step, [["7"]]))
+    for last in (11, 7, 5, 0):
+        directory.forget_after(last)
+        assert reader.read_metrics().column("step").to_pylist() == list(range(1, last + 1))
+        assert reader.sample_steps() == list(range(1, last + 1))
 
 
 def test_metrics_are_one_table_in_order_of_step(
