@@ -25,7 +25,8 @@ from tests.runs_made import (
 )
 from tip_ray.contract.errors import NotFoundError
 from tip_ray.contract.run_state import RunState
-from tip_ray.control.run_directory import METRICS_SCHEMA, RunDirectory
+from tip_ray.control.metrics_parts import METRICS_SCHEMA
+from tip_ray.control.run_directory import RunDirectory
 from tip_ray.control.run_reader import RunReader
 from tip_ray.control.spec_file import load_spec
 from tip_ray.service.report import render, write_report

@@ -29,7 +29,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from tip_ray.contract.errors import NotFoundError, RunDirectoryError, SpecError
@@ -37,6 +36,7 @@ from tip_ray.contract.headers import Quarantined
 from tip_ray.contract.run_state import EvaluationResult, RunStatus, StepMetrics
 from tip_ray.contract.spec import RunSpec
 from tip_ray.contract.tables import SAMPLES, STRING, conform, list_of
+from tip_ray.control.metrics_parts import METRICS_SCHEMA, from_parquet, merge_parts, to_parquet
 from tip_ray.control.spec_file import dump_spec
 from tip_ray.control.storage import Storage
 
@@ -312,46 +312,12 @@ class _LogHandler(logging.Handler):
         self.directory.flush_log()
 
 
-def _schema_of(model: type[BaseModel]) -> pa.Schema:
-    """Plain `int` and `float` fields as int64 and float64."""
-    kinds: dict[Any, pa.DataType] = {int: pa.int64(), float: pa.float64()}
-    return pa.schema(
-        [pa.field(name, kinds[field.annotation]) for name, field in model.model_fields.items()]
-    )
-
-
-METRICS_SCHEMA = _schema_of(StepMetrics)
-
-
 def _metrics_name(step: int) -> str:
     return f"step-{step:08d}.parquet"
 
 
 def samples_name(step: int) -> str:
     return f"step-{step:08d}.arrow"
-
-
-def merge_parts(parts: Iterable[pa.Table]) -> pa.Table:
-    """Rows of all parts in order of step; for a step that several have, the last part's."""
-    rows: dict[int, dict[str, Any]] = {}
-    for part in parts:
-        rows.update((row["step"], row) for row in part.to_pylist())
-    return pa.Table.from_pylist([rows[step] for step in sorted(rows)], schema=METRICS_SCHEMA)
-
-
-def to_parquet(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    return bytes(sink.getvalue().to_pybytes())
-
-
-def from_parquet(content: bytes, name: str) -> pa.Table:
-    """Raises RunDirectoryError where `content` is not a whole Parquet file."""
-    try:
-        return pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
-    except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise RunDirectoryError(f"{name}: not a whole Parquet file ({reason}); delete it") from None
 
 
 def _jsonable(value: Any) -> Any:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from tip_ray.contract.errors import NotFoundError, RunDirectoryError
 from tip_ray.contract.run_state import EvaluationResult, RunStatus
+from tip_ray.control.metrics_parts import from_parquet, merge_parts
 from tip_ray.control.run_directory import (
     CANCEL,
     EVENTS,
@@ -23,9 +24,7 @@ from tip_ray.control.run_directory import (
     SAMPLES_DIRECTORY,
     SPEC,
     STATUS,
-    from_parquet,
     is_run_id,
-    merge_parts,
     samples_name,
 )
 from tip_ray.control.storage import Storage
