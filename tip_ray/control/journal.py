@@ -187,12 +187,12 @@ class Journal:
         self._pending.append(self._writer.submit(write, *args, **kwargs))
 
     async def _run(self, read: Callable[[], Result]) -> Result:
-        return await asyncio.wrap_future(self._writer.submit(read))
+        return await _unbroken(self._writer.submit(read))
 
     async def _settle(self) -> None:
         """Wait until all writes so far are done; raise the first that failed."""
         pending = self._pending.copy()
-        await asyncio.gather(*map(asyncio.wrap_future, pending), return_exceptions=True)
+        await asyncio.gather(*map(_unbroken, pending), return_exceptions=True)
         self._raise_failed()
 
     def _raise_failed(self) -> None:
@@ -200,6 +200,11 @@ class Journal:
         self._pending = [future for future in self._pending if not future.done()]
         for future in done:
             future.result()
+
+
+def _unbroken(future: Future[Result]) -> asyncio.Future[Result]:
+    """Waiting for `future` may be cancelled; `future` itself, a write, may not."""
+    return asyncio.shield(asyncio.wrap_future(future))
 
 
 def _counted(reader: RunReader) -> dict[str, Any]:

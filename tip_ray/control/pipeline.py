@@ -40,7 +40,7 @@ from tip_ray.control.step_metrics import StepTrace, step_metrics
 from tip_ray.control.step_work import RolloutWork
 from tip_ray.runtime.gang import Gang
 from tip_ray.runtime.pool import Pool
-from tip_ray.runtime.tasks import first_leaf, together
+from tip_ray.runtime.tasks import first_leaf, together, value_of
 from tip_ray.runtime.weights import WeightVersion
 from tip_ray.stages.cut import cut
 from tip_ray.stages.prompts import Cursor, PromptSource
@@ -155,7 +155,7 @@ class Pipeline:
             now = time.monotonic()
             trace.seconds_step, ended = now - ended, now
             metrics = step_metrics(trace)
-            await self._journal.step(metrics, await together(*map(_get, prepared.samples)))
+            await self._journal.step(metrics, await together(*map(value_of, prepared.samples)))
             await self._checkpoint_or_stop(prepared)
             self._slots.release()
 
@@ -243,7 +243,7 @@ class Pipeline:
             ).remote(ranks, keep, batch.scores, batch.targets, *batch.rollouts)
             for batch in scored
         ]
-        trace.cuts = await together(*(_get(refs[0]) for refs in cuts))
+        trace.cuts = await together(*(value_of(refs[0]) for refs in cuts))
         return _Prepared(
             step=work.step,
             selected=[[refs[2 + rank] for refs in cuts] for rank in range(ranks)],
@@ -332,7 +332,3 @@ async def publish(stages: Stages, step: int) -> WeightVersion:
     )
     await stages.rollout.adopt(version)
     return version
-
-
-async def _get(ref: Any) -> Any:
-    return await ref

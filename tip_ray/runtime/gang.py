@@ -8,6 +8,7 @@ from typing import Any
 
 from tip_ray.runtime.pool import FAILURES
 from tip_ray.runtime.replica import CreateActor, classify, kill
+from tip_ray.runtime.tasks import together, value_of
 
 
 class Gang:
@@ -30,8 +31,8 @@ class Gang:
         """Make all ranks and let them meet at an address of rank 0."""
         self._actors = [self._create(rank) for rank in range(self._size)]
         first = self._actors[0]
-        address = asyncio.gather(first.node_address.remote(), first.open_port.remote())
-        host, port = await self._guard(address, "start")
+        address = (first.node_address.remote(), first.open_port.remote())
+        host, port = await self._guard(together(*map(value_of, address)), "start")
         await self.call_same("join", host, port, self._size)
 
     async def call(self, method: str, args: Sequence[Sequence[Any]]) -> list[Any]:
@@ -45,7 +46,7 @@ class Gang:
             getattr(actor, method).remote(*own)
             for actor, own in zip(self._actors, args, strict=True)
         ]
-        return list(await self._guard(asyncio.gather(*refs), method))
+        return list(await self._guard(together(*map(value_of, refs)), method))
 
     async def call_same(self, method: str, *args: Any) -> list[Any]:
         """`method(*args)` on every rank at once."""
@@ -61,8 +62,7 @@ class Gang:
             getattr(actor, method).options(num_returns="streaming").remote(*args)
             for actor in self._actors
         ]
-        drained = [self._drain(stream) for stream in streams]
-        pairs_of_rank = await self._guard(asyncio.gather(*drained), method)
+        pairs_of_rank = await self._guard(together(*map(self._drain, streams)), method)
         return list(pairs_of_rank[0])
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ from ray.exceptions import RayError
 
 from tip_ray.contract.errors import ReplicaError, RunFailedError
 from tip_ray.runtime.replica import CreateActor, Replica, classify, kill
-from tip_ray.runtime.tasks import together
+from tip_ray.runtime.tasks import together, value_of
 from tip_ray.runtime.weights import WeightVersion
 
 FAILURES = (RayError, TimeoutError)
@@ -104,7 +104,7 @@ class Pool:
                 refs = remote.remote(*args)
                 refs = refs if isinstance(refs, list) else [refs]
                 try:
-                    header = await asyncio.wait_for(_get(refs[0]), self._timeout_s)
+                    header = await asyncio.wait_for(value_of(refs[0]), self._timeout_s)
                     return Answer(header, tuple(refs[1:]), replica.node_id)
                 except FAILURES as error:
                     failure = self._retriable(error, replica)
@@ -153,7 +153,7 @@ class Pool:
         while True:
             try:
                 header_ref = await asyncio.wait_for(anext(items), self._timeout_s)
-                header = await asyncio.wait_for(_get(header_ref), self._timeout_s)
+                header = await asyncio.wait_for(value_of(header_ref), self._timeout_s)
                 table_ref = await asyncio.wait_for(anext(items), self._timeout_s)
             except StopAsyncIteration:
                 return
@@ -172,7 +172,7 @@ class Pool:
         if replica.weight_version == weights.version:
             return
         ref = replica.actor.load_weights.remote(weights.version, *weights.group_refs)
-        await asyncio.wait_for(_get(ref), self._timeout_s)
+        await asyncio.wait_for(value_of(ref), self._timeout_s)
         replica.weight_version = weights.version
 
     @asynccontextmanager
@@ -243,7 +243,7 @@ class Pool:
         """Wait until a new actor answers and holds the newest weights; retry its creation."""
         for attempt in range(1, self._max_tries + 1):
             try:
-                answer = _get(replica.actor.node_id.remote())
+                answer = value_of(replica.actor.node_id.remote())
                 replica.node_id = await asyncio.wait_for(answer, self._timeout_s)
                 if self._weights is not None:
                     await self._load(replica, self._weights)
@@ -254,7 +254,3 @@ class Pool:
                     raise RunFailedError(f"cannot start {failure}") from error
                 kill(replica.actor)
                 replica.actor, replica.weight_version = self._create(replica.index), 0
-
-
-async def _get(ref: Any) -> Any:
-    return await ref

@@ -9,6 +9,11 @@ from typing import Any, TypeVar
 Result = TypeVar("Result")
 
 
+async def value_of(ref: Any) -> Any:
+    """What a Ray reference stands for, as a coroutine that can be timed, gathered and cancelled."""
+    return await ref
+
+
 async def together(*work: Coroutine[Any, Any, Result]) -> list[Result]:
     """Results in order; at the first error the others are cancelled and that error is raised."""
     try:
