@@ -18,7 +18,9 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	$(BIN)/python -m pytest tests/benchmarks --override-ini=python_files='bench_*.py' -s
+	for bench in tests/benchmarks/bench_*.py; do \
+		$(BIN)/python -m tests.benchmarks.$$(basename $$bench .py) --output outputs/bench || exit 1; \
+	done
 
 install: $(INSTALLED)
 
