@@ -71,6 +71,8 @@ class RunStatus(BaseModel):
     heartbeat_at: float
     """Seconds since 1970 of the driver's last sign of life."""
     error: str | None = None
+    exit_code: int | None = None
+    """Of the driver's process; null until the run has ended."""
     waiting_for: str | None = None
     """What a STARTING or RECOVERING run waits for."""
     loss: float | None = None

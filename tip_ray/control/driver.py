@@ -116,14 +116,14 @@ def _ends_well(journal: Journal) -> Iterator[None]:
     except RunDirectoryError:
         raise  # there is nowhere to write that down
     except RunCancelledError as error:
-        journal.end(RunState.CANCELLED, str(error))
+        journal.end(RunState.CANCELLED, str(error), exit_code=error.exit_code)
         raise
     except TipRayError as error:
-        journal.end(RunState.FAILED, str(error))
+        journal.end(RunState.FAILED, str(error), exit_code=error.exit_code)
         raise
     except BaseException as error:
         _log.exception("the driver failed")
-        journal.end(RunState.FAILED, f"{type(error).__name__}: {error}")
+        journal.end(RunState.FAILED, f"{type(error).__name__}: {error}", exit_code=1)
         raise
 
 

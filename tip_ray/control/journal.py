@@ -155,24 +155,32 @@ class Journal:
             self._write_status()
             await self._settle()
 
-    def end(self, state: RunState, error: str | None = None) -> None:
+    def end(self, state: RunState, error: str | None = None, *, exit_code: int = 0) -> None:
         """The last word, without a loop: waits until everything is on disk; said once only.
+
+        Args:
+            exit_code: of this process.
 
         Raises:
             RunDirectoryError: a write failed.
         """
         if self.status.state.ended:
             return
-        self._set_state(state, error=error)
+        self._set_state(state, error=error, exit_code=exit_code)
         self._writer.shutdown(wait=True)
         self._raise_failed()
 
     def _set_state(
-        self, state: RunState, *, error: str | None = None, waiting_for: str | None = None
+        self,
+        state: RunState,
+        *,
+        error: str | None = None,
+        waiting_for: str | None = None,
+        exit_code: int | None = None,
     ) -> None:
         check_transition(self.status.state, state)
         self._submit(self.directory.write_event, "state", self.status.step, state=state.value)
-        self._change(state=state, error=error, waiting_for=waiting_for)
+        self._change(state=state, error=error, waiting_for=waiting_for, exit_code=exit_code)
 
     def _change(self, **changes: Any) -> None:
         now = time.time()
