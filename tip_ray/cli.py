@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     _add_begin(commands)
     _add_look(commands)
+    _add_student(commands)
     return parser
 
 
@@ -120,6 +121,11 @@ def _add_look(commands: _Commands) -> None:
     _add_run(status)
     status.add_argument("--json", action="store_true", help="every field, as JSON")
 
+    watch = _command(
+        commands, "watch", "follow:watch", "follow a run to its end; exits with its exit code"
+    )
+    _add_run(watch)
+
     runs = _command(commands, "list", "look:list_all", "all runs, newest first")
     _add_run_root(runs)
 
@@ -129,17 +135,41 @@ def _add_look(commands: _Commands) -> None:
 
     samples = _command(commands, "samples", "look:samples", "real rollouts, kept tokens marked")
     _add_run(samples)
-    samples.add_argument("--step", type=int, metavar="N", help="default: the newest")
+    _add_step(samples, "default: the newest")
 
     report = _command(commands, "report", "look:report", "an HTML page with plots")
     report.add_argument("run", nargs="+", metavar="RUN", help="one run, or several to compare")
     _add_run_root(report)
     report.add_argument("--output", metavar="PATH", help="default: report.html of the one run")
 
+    logs = _command(commands, "logs", "follow:logs", "what the driver logged")
+    _add_run(logs)
+
     cancel = _command(
         commands, "cancel", "look:cancel", "ask a run to stop after its step and a checkpoint"
     )
     _add_run(cancel)
+
+
+def _add_student(commands: _Commands) -> None:
+    evaluate = _command(
+        commands, "eval", "student:evaluate", "a spec's evaluations alone, without training"
+    )
+    _add_spec(evaluate)
+    which = evaluate.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", metavar="PATH", help="a path, a hub id or any fsspec URL")
+    which.add_argument("--run", metavar="RUN", help="a run's student: its export, or a checkpoint")
+    _add_step(evaluate, "default: the run's export, else its newest checkpoint")
+    evaluate.add_argument("--json", action="store_true", help="every number, as JSON")
+
+    export = _command(commands, "export", "student:export", "a checkpoint as a Hugging Face model")
+    _add_run(export)
+    _add_step(export, "default: the newest checkpoint")
+    export.add_argument("--output", metavar="DIR", required=True, help="a new directory or a URL")
+
+
+def _add_step(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--step", type=int, metavar="N", help=text)
 
 
 def _add_spec(parser: argparse.ArgumentParser) -> None:

@@ -45,7 +45,7 @@ def schema(options: argparse.Namespace) -> int:  # noqa: ARG001
 
 def validate(options: argparse.Namespace) -> int:
     """Resolve, check, show what differs from the defaults and the plan."""
-    spec = _load(options)
+    spec = load_spec_of(options)
     from tip_ray.control.preflight import preflight
 
     checked = preflight(spec)
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     given = None if options.run_id is None else check_run_id(options.run_id)
     if options.dry_run:
         return validate(options)
-    spec = _load(options)
+    spec = load_spec_of(options)
     run_id = given or new_run_id(spec.name)
     write(run_id)
     sys.stdout.flush()
@@ -144,7 +144,8 @@ def plan_lines(plan: Plan) -> list[str]:
     return [*aligned(pools), "", *aligned(hops), "", f"a step: {tokens}", f"weight sync: {sync}"]
 
 
-def _load(options: argparse.Namespace) -> RunSpec:
+def load_spec_of(options: argparse.Namespace) -> RunSpec:
+    """SPEC with --set and --run-root laid over it."""
     overrides = parse_assignments(options.assignments)
     if options.run_root:
         overrides["run_root"] = from_here(options.run_root)

@@ -13,38 +13,43 @@ from rich.console import Console
 from rich.text import Text
 
 from tip_ray.commands.begin import from_here
-from tip_ray.commands.output import aligned, printable, warn, write, write_table
-from tip_ray.contract.run_state import RunStatus
+from tip_ray.commands.output import printable, warn, write, write_pairs, write_table
+from tip_ray.contract.run_state import RunState, RunStatus
 from tip_ray.control.progress import percent, shortest, size
 from tip_ray.control.run_directory import RunDirectory
 from tip_ray.control.run_reader import RunReader, default_run_roots, list_runs, resolve_run
 
-# The columns of `metrics` as a table; csv and json have them all.
+# The columns of `metrics` as a table, those that a narrow terminal shows first; csv and json have
+# them all.
 _SHOWN = {
     "step": "step",
     "loss": "loss",
     "kept_fraction": "kept",
     "reverse_kl_mean": "reverse KL",
     "student_entropy_mean": "entropy",
-    "grad_norm": "grad norm",
+    "seconds_step": "seconds",
     "response_length_mean": "length",
     "bytes_cut_to_learner": "to learner",
+    "grad_norm": "grad norm",
     "lag": "lag",
-    "seconds_step": "seconds",
+}
+_STATE_STYLES = {
+    RunState.SUCCEEDED: "bold green",
+    RunState.FAILED: "bold red",
+    RunState.CANCELLED: "bold yellow",
 }
 
 
 def status(options: argparse.Namespace) -> int:
     """One run's status, for people or as JSON."""
-    reader = _resolve(options)
+    reader = resolve(options)
     found, now = reader.read_status(), time.time()
     if options.json:
         age_s = None if found.state.ended else round(max(0.0, now - found.heartbeat_at), 1)
         extra = {"health": found.health(now), "heartbeat_age_s": age_s, "directory": reader.url}
         write(json.dumps({**found.model_dump(mode="json"), **extra}, indent=2))
         return 0
-    for line in aligned(status_rows(found, reader.url, now)):
-        write(printable(line))
+    write_pairs(status_rows(found, reader.url, now), status_styles(found, now))
     return 0
 
 
@@ -77,6 +82,12 @@ def status_rows(found: RunStatus, directory: str, now: float) -> list[tuple[str,
     return rows + ([("error", found.error)] if found.error else [])
 
 
+def status_styles(found: RunStatus, now: float) -> dict[str, str]:
+    """Colours of `status_rows`."""
+    silent = found.health(now) in ("stale", "lost")
+    return {"state": "bold red" if silent else _STATE_STYLES.get(found.state, "bold")}
+
+
 def list_all(options: argparse.Namespace) -> int:
     """All runs under the root."""
     roots = [from_here(options.run_root)] if options.run_root else default_run_roots()
@@ -102,7 +113,7 @@ def list_all(options: argparse.Namespace) -> int:
 
 def metrics(options: argparse.Namespace) -> int:
     """One row a step."""
-    table = _resolve(options).read_metrics()
+    table = resolve(options).read_metrics()
     if options.format == "csv":
         import pyarrow.csv
 
@@ -112,19 +123,21 @@ def metrics(options: argparse.Namespace) -> int:
         rows = [{k: _finite(v) for k, v in row.items()} for row in table.to_pylist()]
         write(json.dumps(rows, indent=1))
     else:
-        write_table(tuple(_SHOWN.values()), [_cells(row) for row in table.to_pylist()])
+        rows = [_cells(row) for row in table.to_pylist()]
+        write_table(tuple(_SHOWN.values()), rows, "; --format csv has all")
     return 0
 
 
 def samples(options: argparse.Namespace) -> int:
     """Rollouts with the tokens that the learner saw marked."""
-    table = _resolve(options).read_samples(options.step)
-    console = Console(highlight=False, soft_wrap=True)
-    marks = "in colour" if console.is_terminal else "[in brackets]"
-    write(f"tokens that the learner saw are {marks}")
+    table = resolve(options).read_samples(options.step)
+    console = Console(highlight=False)
+    write("tokens that the learner saw stand [in brackets]")
     for row in table.to_pylist():
-        write(f"\n{_sample_title(row)}\n{printable(row['prompt_text'])}")
-        console.print(_marked(row, brackets=not console.is_terminal))
+        write("")
+        for text in (Text(_sample_title(row), "bold"), Text(printable(row["prompt_text"]))):
+            console.print(text, soft_wrap=not console.is_terminal)
+        console.print(_marked(row), soft_wrap=True)
     return 0
 
 
@@ -140,7 +153,7 @@ def report(options: argparse.Namespace) -> int:
 
 def cancel(options: argparse.Namespace) -> int:
     """Ask the driver to stop after its step."""
-    reader = _resolve(options)
+    reader = resolve(options)
     state = reader.read_status().state
     if state.ended:
         write(f"{reader.run_id}: has ended already: {state.value}")
@@ -158,7 +171,8 @@ def duration(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
 
 
-def _resolve(options: argparse.Namespace) -> RunReader:
+def resolve(options: argparse.Namespace) -> RunReader:
+    """The run that RUN and --run-root name."""
     return resolve_run(options.run, from_here(options.run_root) if options.run_root else None)
 
 
@@ -192,12 +206,15 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _marked(row: dict[str, Any], *, brackets: bool) -> Text:
+def _marked(row: dict[str, Any]) -> Text:
+    """A sign as well as a colour: not every eye or terminal has both."""
     text = Text()
     for token, kept in zip(row["text"], row["kept"], strict=True):
         shown = printable(token)
-        if brackets:
-            text.append(f"[{shown}]" if kept else shown)
+        if kept:
+            visible = shown.replace("\n", "\\n")
+            text.append(f"[{visible}]", style="bold black on yellow")
+            text.append("\n" * shown.count("\n"))
         else:
-            text.append(shown, style="bold black on yellow" if kept else "dim")
+            text.append(shown, style="dim")
     return text

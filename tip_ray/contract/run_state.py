@@ -72,7 +72,7 @@ class RunStatus(BaseModel):
     """Seconds since 1970 of the driver's last sign of life."""
     error: str | None = None
     exit_code: int | None = None
-    """Of the driver's process; null until the run has ended."""
+    """Of the driver's process, where its state alone does not tell."""
     waiting_for: str | None = None
     """What a STARTING or RECOVERING run waits for."""
     loss: float | None = None

@@ -29,7 +29,7 @@ def make_stages(
 ) -> Stages:
     """All pools of `spec`, not yet started."""
     return Stages(
-        rollout=_pool("rollout", _rollout(spec, facts, groups["rollout"]), spec, on_event),
+        rollout=make_rollout_pool(spec, facts, groups, on_event),
         teacher=_pool(
             "teacher", _teacher(spec, facts, groups["teacher"]), spec, on_event, _TEACHER_IN_FLIGHT
         ),
@@ -41,6 +41,13 @@ def make_stages(
             timeout_s=spec.faults.item_timeout_s,
         ),
     )
+
+
+def make_rollout_pool(
+    spec: RunSpec, facts: PairFacts, groups: Mapping[str, PlacementGroup], on_event: OnEvent
+) -> Pool:
+    """The rollout pool alone, not yet started."""
+    return _pool("rollout", _rollout(spec, facts, groups["rollout"]), spec, on_event)
 
 
 async def start_stages(stages: Stages) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from tip_ray.contract.errors import (
     RunCancelledError,
     RunDirectoryError,
-    RunTerminatedError,
+    RunFailedError,
     TipRayError,
 )
 from tip_ray.contract.run_state import RunState, RunStatus
@@ -26,6 +25,7 @@ from tip_ray.control.preflight import Preflight, preflight
 from tip_ray.control.progress import Progress
 from tip_ray.control.run_directory import RunDirectory, check_run_id, new_run_id
 from tip_ray.control.train import train
+from tip_ray.control.signals import stopped_by_signals
 from tip_ray.runtime.cluster import connected, refuse_what_never_fits, release, reserve
 from tip_ray.runtime.tasks import beside
 
@@ -85,7 +85,7 @@ def run(
 async def _drive(spec: RunSpec, checked: Preflight, journal: Journal) -> None:
     """Place, start, run and export, on a connected cluster; nothing is left running."""
     bundles = demand(spec)
-    with _stopped_by_signals():
+    with stopped_by_signals():
         await journal.state(RunState.STARTING, waiting_for="room on the cluster")
         refuse_what_never_fits(bundles)
         groups = await reserve(bundles, timeout_s=spec.faults.placement_timeout_s)
@@ -125,33 +125,6 @@ def _ends_well(journal: Journal) -> Iterator[None]:
         _log.exception("the driver failed")
         journal.end(RunState.FAILED, f"{type(error).__name__}: {error}", exit_code=1)
         raise
-
-
-@contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGINT cancel the running task, and end it with the error that says so."""
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task is not None
-    received: list[signal.Signals] = []
-
-    def stop(signum: signal.Signals) -> None:
-        received.append(signum)
-        task.cancel()
-
-    handled = (signal.SIGTERM, signal.SIGINT)
-    for signum in handled:
-        loop.add_signal_handler(signum, stop, signum)
-    try:
-        yield
-    except asyncio.CancelledError:
-        if received and received[0] is signal.SIGINT:
-            raise RunCancelledError("interrupted by SIGINT") from None
-        if received:
-            raise RunTerminatedError("terminated by SIGTERM") from None
-        raise
-    finally:
-        for signum in handled:
-            loop.remove_signal_handler(signum)
 
 
 @contextmanager

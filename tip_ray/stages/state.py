@@ -16,12 +16,13 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import torch
 from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -31,6 +32,7 @@ from tip_ray.contract.errors import RunDirectoryError
 
 PARAMETER, MOMENTS = "parameter", ("exp_avg", "exp_avg_sq")  # the moments' names are AdamW's
 _HEADER = "tip_ray"
+_FILES = "learner-*-of-*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -87,15 +89,41 @@ def load_rows(url: str, rank: int, ranks: int, into: Mapping[str, Mapping[str, T
     """
     headers: list[Header] = []
     for path in _local_copies(url):
-        try:
-            with safe_open(path, "pt") as file:
-                header = Header(**json.loads(file.metadata()[_HEADER]))
-                _check_names(url, header, into[PARAMETER])
-                for name in into[PARAMETER]:
-                    _copy_rows(file, header, name, rank, ranks, into)
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise _refused(url, f"{path.name} cannot be read: {error}") from None
+        with _opened(url, path) as (file, header):
+            _check_names(url, header, into[PARAMETER])
+            for name in into[PARAMETER]:
+                _copy_rows(file, header, name, rank, ranks, into)
         headers.append(header)
+    return _check_together(url, headers)
+
+
+def read_parameters(url: str) -> Iterator[tuple[str, Tensor]]:
+    """Every whole parameter in float32, by name, in the student's own order; one at a time.
+
+    Raises:
+        RunDirectoryError: no or missing files, or a broken one.
+    """
+    with ExitStack() as stack:
+        paths = stack.enter_context(_all_local(url))
+        parts = [stack.enter_context(_opened(url, path)) for path in paths]
+        header = _check_together(url, [header for _, header in parts])
+        for name in header.shapes:
+            shards = [file.get_tensor(f"{PARAMETER}/{name}") for file, _ in parts]
+            yield name, torch.cat(shards)  # files are in order of rank
+
+
+@contextmanager
+def _opened(url: str, path: Path) -> Iterator[tuple[Any, Header]]:
+    """One file and what it says of itself; whatever is wrong with it is one line."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file, Header(**json.loads(file.metadata()[_HEADER]))
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise _refused(url, f"{path.name} cannot be read: {error}") from None
+
+
+def _check_together(url: str, headers: Sequence[Header]) -> Header:
+    """What all files agree on; refuses a set that is incomplete or mixed."""
     if not headers:
         raise _refused(url, "it holds no file of a learner's state")
     if len({(one.step, one.updates, one.ranks) for one in headers}) > 1:
@@ -139,6 +167,19 @@ def _check_names(url: str, header: Header, parameters: Mapping[str, Tensor]) -> 
 
 
 @contextmanager
+def _all_local(url: str) -> Iterator[list[Path]]:
+    """All of the state's files on this machine at once, in order of rank."""
+    fs, folder = fsspec.core.url_to_fs(url)
+    if isinstance(fs, LocalFileSystem):
+        yield list(_local_copies(url))
+        return
+    with tempfile.TemporaryDirectory(prefix="tip-ray-read-") as made:
+        for path in sorted(fs.glob(f"{folder.rstrip('/')}/{_FILES}")):
+            fs.get_file(path, f"{made}/{path.rsplit('/', 1)[-1]}")
+        yield sorted(Path(made).iterdir())
+
+
+@contextmanager
 def _fetched(fs: Any, path: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="tip-ray-load-") as folder:
         target = Path(folder) / path.rsplit("/", 1)[-1]
@@ -149,7 +190,7 @@ def _fetched(fs: Any, path: str) -> Iterator[Path]:
 def _local_copies(url: str) -> Iterator[Path]:
     """The state's files on this machine; of a remote directory one at a time."""
     fs, folder = fsspec.core.url_to_fs(url)
-    for path in sorted(fs.glob(f"{folder.rstrip('/')}/learner-*-of-*.safetensors")):
+    for path in sorted(fs.glob(f"{folder.rstrip('/')}/{_FILES}")):
         if isinstance(fs, LocalFileSystem):
             yield Path(path)
             continue
@@ -165,4 +206,4 @@ def _sha256_synced(path: Path) -> str:
 
 
 def _refused(url: str, why: str) -> RunDirectoryError:
-    return RunDirectoryError(f"checkpoint {url}: {why}; use the checkpoint before it")
+    return RunDirectoryError(f"checkpoint {url}: {why}; remove it, and the one before it is used")
