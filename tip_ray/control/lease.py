@@ -28,9 +28,13 @@ class Lease:
     status: RunStatus
 
     def claim(self, spec: RunSpec) -> None:
-        """Begin to drive: from here on the driver before this one stops at its next write."""
-        self.directory.clear_cancel()
+        """Begin to drive: from here on the driver before this one stops at its next write.
+
+        Raises:
+            LeaseLostError: another one began in the same moment, and was first.
+        """
         self.directory.write_status(self.status)
+        self.directory.clear_cancel()
         self.directory.write_spec(spec)
 
 

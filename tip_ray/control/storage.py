@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import PurePosixPath
 from typing import Any
@@ -77,6 +78,8 @@ class Storage:
         self.local = isinstance(self.filesystem, LocalFileSystem)
         self.root = root.rstrip("/") or "/"
         self._object_store = not self.local and _protocols(self.filesystem) & _OBJECT_STORES
+        self.before_change: Callable[[], None] = _anyone
+        """Called before everything that changes a file; what it raises forbids the change."""
 
     @property
     def url(self) -> str:
@@ -133,6 +136,7 @@ class Storage:
     def write(self, name: str, content: bytes) -> None:
         """Replace `name` whole: readers see the old content or the new, never half of one."""
         path = self.path(name)
+        self.before_change()
         with storage_errors(f"{path}: cannot be written"):
             self._make_parent(path)
             if self.local:
@@ -146,6 +150,7 @@ class Storage:
             self.write(name, (self.read(name) if self.exists(name) else b"") + content)
             return
         path = self.path(name)
+        self.before_change()
         with storage_errors(f"{path}: cannot be written"):
             self._make_parent(path)
             with open(path, "ab") as file:
@@ -172,6 +177,7 @@ class Storage:
     def delete(self, name: str) -> None:
         """Remove a file; nothing happens if it is not there."""
         path = self.path(name)
+        self.before_change()
         try:
             with storage_errors(f"{path}: cannot be removed", pass_absent=True):
                 self.filesystem.rm_file(path)
@@ -193,16 +199,38 @@ class Storage:
             raise NotFoundError(f"{path}: no such file") from None
         return nbytes, sha256.hexdigest()
 
-    def remove_empty(self, directory: str) -> None:
-        """Remove a directory that holds nothing; object stores have no such thing."""
-        path = self.path(directory)
-        if self.local and os.path.isdir(path) and not os.listdir(path):
-            with storage_errors(f"{path}: cannot be removed"):
-                os.rmdir(path)
+    def is_link(self, name: str) -> bool:
+        """Whether `name` is a symbolic link, wherever it leads."""
+        return self.local and os.path.islink(self._beside_links(name))
+
+    def remove_tree(self, directory: str) -> None:
+        """Remove a directory with all in it; of a link the link, never what it leads to."""
+        path = self._beside_links(directory)
+        self.before_change()
+        try:
+            with storage_errors(f"{path}: cannot be removed", pass_absent=True):
+                if not self.local:
+                    self.filesystem.invalidate_cache()
+                    self.filesystem.rm(path, recursive=True)
+                elif os.path.islink(path):
+                    os.unlink(path)
+                else:
+                    shutil.rmtree(path)
+        except (FileNotFoundError, KeyError):
+            return
+
+    def _beside_links(self, name: str) -> str:
+        """The path of `name`, which may be a link; its directory may not lead out of the root."""
+        directory, _, last = name.rpartition("/")
+        return f"{self.path(directory)}/{last}"
 
     def _make_parent(self, path: str) -> None:
         if not self._object_store:
             self.filesystem.makedirs(path.rpartition("/")[0] or "/", exist_ok=True)
+
+
+def _anyone() -> None:
+    """Whoever has the storage may change it."""
 
 
 def _protocols(filesystem: fsspec.AbstractFileSystem) -> frozenset[str]:
