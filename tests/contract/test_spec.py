@@ -201,9 +201,7 @@ def test_an_unknown_key_is_named_before_what_it_leaves_missing() -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("teacher.engine", "vllm"),
         ("teacher.targets", "hidden"),
-        ("teacher.tensor_parallel", 2),
         ("selection.rule", "q3"),
         ("selection.rule", "package.module:function"),
         ("selection.scope", "batch"),
@@ -220,6 +218,38 @@ def test_what_has_not_landed_says_so(path: str, value: Any) -> None:
     if path in NOT_YET and value in NOT_YET[path][0]:
         pytest.skip("it has landed")
     assert "not available yet" in str(refusal(changed(path, value)))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "field", "cure"),
+    [
+        ({"tensor_parallel": 2}, "teacher.tensor_parallel", "set teacher.engine to vllm"),
+        ({"engine_args": {"max_num_seqs": 4}}, "teacher.engine_args", "set teacher.engine to vllm"),
+        ({"engine": "vllm", "num_gpus": 2}, "teacher.tensor_parallel", "every GPU"),
+        (
+            {"engine": "vllm", "num_gpus": 1, "tensor_parallel": 2},
+            "teacher.tensor_parallel",
+            "expected 1, as teacher.num_gpus",
+        ),
+    ],
+)
+def test_what_the_teachers_engine_cannot_do(teacher: dict[str, Any], field: str, cure: str) -> None:
+    error = refusal({**REQUIRED, "teacher": {**REQUIRED["teacher"], **teacher}})
+    assert error.field == field
+    assert cure in str(error)
+
+
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        {"engine": "vllm"},
+        {"engine": "vllm", "tensor_parallel": 2, "num_cpus": 2},
+        {"engine": "vllm", "tensor_parallel": 2, "num_gpus": 2},
+        {"num_gpus": 2},
+    ],
+)
+def test_what_the_teachers_engine_can_do(teacher: dict[str, Any]) -> None:
+    parse_spec({**REQUIRED, "teacher": {**REQUIRED["teacher"], **teacher}})
 
 
 def test_everything_that_has_not_landed_keeps_its_default() -> None:

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
+from tests.stages.teacher_toys import (
+    FLOOR,
+    LENGTHS,
+    STUDENT_ROWS,
+    TEACHER_ROWS,
+    V,
+    actor,
+    check_against_dense,
+    dense_logprobs,
+    kl,
+    outside,
+    rollouts,
+    row_values,
+    top_k,
+)
 from tests.stages.toys import save_model
 from tip_ray.contract import tables
 from tip_ray.contract.errors import TableError
 from tip_ray.contract.spec import TeacherSpec
 from tip_ray.stages import teacher as teacher_module
+from tip_ray.stages.engines.trunk import HiddenStates, Row
 from tip_ray.stages.teacher import TeacherActor
 
-FLOOR = -30.0
-STUDENT_ROWS, TEACHER_ROWS = 29, 32  # padded heads of different sizes
-V = 29
-# (prompt, response) tokens of each row
-LENGTHS = ((3, 5), (1, 1), (9, 12), (4, 0), (2, 7), (6, 3), (1, 12))
 SHAPES = {
     "qwen3-tied": {"kind": "qwen3", "tie_word_embeddings": True},
     "qwen3": {"kind": "qwen3"},
@@ -50,128 +59,6 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]
         )
         for name, shape in SHAPES.items()
     }
-
-
-@functools.cache
-def reference(path: str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
-
-
-def dense_logprobs(path: str, prompt: list[int], response: list[int]) -> torch.Tensor:
-    """[m, V] float64, over the shared vocabulary, one row at a time."""
-    with torch.no_grad():
-        logits_LV = reference(path)(torch.tensor([prompt + response])).logits[0]
-    return logits_LV[len(prompt) - 1 : len(prompt) + len(response) - 1, :V].log_softmax(-1)
-
-
-def top_k(logprobs_NV: torch.Tensor, k: int) -> tuple[Any, Any, Any]:
-    """Ids, log-probabilities and the complement's log-mass."""
-    values_NK, ids_NK = logprobs_NV.topk(k, dim=-1)
-    return ids_NK, values_NK, outside(logprobs_NV, ids_NK)
-
-
-def outside(logprobs_NV: torch.Tensor, ids_NK: torch.Tensor) -> torch.Tensor:
-    """Log-mass of the ids that are not named, by brute force."""
-    tails = []
-    for row, ids in zip(logprobs_NV, ids_NK.tolist(), strict=True):
-        others = [i for i in range(V) if i not in ids]
-        tails.append(row[others].exp().sum().log() if others else torch.tensor(-torch.inf))
-    return torch.stack(tails).double() if tails else torch.zeros(0, dtype=torch.float64)
-
-
-def kl(p_NJ: torch.Tensor, q_NJ: torch.Tensor) -> torch.Tensor:
-    return (p_NJ.exp() * (p_NJ - q_NJ)).sum(-1)
-
-
-@functools.cache
-def rollouts(student: str, k: int, own_prompts: bool = False) -> pa.Table:
-    """ROLLOUTS with the student's true numbers; some tokens are not loss tokens."""
-    rng = np.random.default_rng(0)
-    rows: list[dict[str, Any]] = []
-    for slot, (prompt_tokens, response_tokens) in enumerate(LENGTHS):
-        prompt = rng.integers(0, V, prompt_tokens).tolist()
-        response = rng.integers(0, V, response_tokens).tolist()
-        logprobs_NV = dense_logprobs(student, prompt, response)
-        ids_NK, values_NK, tail_N = top_k(logprobs_NV, k)
-        sampled = torch.tensor(response, dtype=torch.int64)[:, None]
-        rows.append(
-            {
-                "step": 7,
-                "slot": slot,
-                "sample_index": slot % 2,
-                "attempt": 0,
-                "prompt_uid": f"p{slot}",
-                "prompt_ids": prompt,
-                "teacher_prompt_ids": [1, 2, *prompt] if own_prompts and slot % 2 else None,
-                "response_ids": response,
-                "loss_mask": [int(i != 2) for i in range(response_tokens)],
-                "student_logprob": logprobs_NV.gather(1, sampled)[:, 0].tolist(),
-                "student_entropy": -(logprobs_NV.exp() * logprobs_NV).sum(-1).numpy(),
-                "student_topk_ids": ids_NK.tolist(),
-                "student_topk_logprobs": values_NK.tolist(),
-                "student_tail_logprob": tail_N.tolist(),
-                "weight_version": 0,
-                "finish_reason": "stop",
-                "reward": None,
-            }
-        )
-    names = tables.rollouts_schema(k).names
-    columns = {name: [row[name] for row in rows] for name in names}
-    return tables.build(tables.rollouts_schema(k), columns)
-
-
-def actor(path: str, k: int = 4, source: str = "student", **spec: Any) -> TeacherActor:
-    settings = {"model": path, "dtype": "float32", "max_batch_tokens": 40, "chunk_rows": 3}
-    return TeacherActor(TeacherSpec(**{**settings, **spec}), path, V, k, source, FLOOR)
-
-
-def row_values(table: pa.Table, name: str, row: int) -> np.ndarray:
-    starts = tables.offsets(table, name)
-    return tables.column(table, name)[starts[row] : starts[row + 1]]
-
-
-def check_against_dense(table: pa.Table, k: int, teacher: str, scores: Any, targets: Any) -> None:
-    """Every column of SCORES and of TARGETS on the student's support."""
-    for row, given in enumerate(table.to_pylist()):
-        prompt = given["teacher_prompt_ids"] or given["prompt_ids"]
-        dense_NV = dense_logprobs(teacher, prompt, given["response_ids"])
-        mask_N = np.array(given["loss_mask"], bool)
-        ids_NK = torch.tensor(given["student_topk_ids"], dtype=torch.int64).reshape(-1, k)
-        ids_NK[~mask_N] = 0
-        loss_NK = ids_NK[mask_N]
-        on_NK, tail_N = dense_NV.gather(1, ids_NK), outside(dense_NV, ids_NK)
-
-        def close(table: pa.Table, name: str, expected: Any, row: int = row) -> None:
-            got = row_values(table, name, row)
-            np.testing.assert_allclose(
-                got, np.asarray(expected), atol=3e-5, rtol=1e-5, err_msg=name
-            )
-
-        assert (row_values(targets, "support_ids", row)[mask_N] == loss_NK.numpy()).all()
-        close(targets, "teacher_logprobs", on_NK)
-        close(targets, "teacher_tail_logprob", tail_N)
-        sampled_N1 = torch.tensor(given["response_ids"], dtype=torch.int64)[:, None]
-        close(targets, "teacher_sampled_logprob", dense_NV.gather(1, sampled_N1)[:, 0])
-        top_N5, top_ids_N5 = dense_NV.topk(tables.TOP_SHOWN)
-        close(targets, "teacher_top_logprobs", top_N5)
-        assert (row_values(targets, "teacher_top_ids", row) == top_ids_N5.numpy()).all()
-
-        student_NJ = torch.tensor(
-            [
-                [*values, max(tail, FLOOR)]
-                for values, tail in zip(
-                    given["student_topk_logprobs"], given["student_tail_logprob"], strict=True
-                )
-            ],
-            dtype=torch.float64,
-        ).reshape(-1, k + 1)
-        teacher_NJ = torch.cat([on_NK, tail_N.clamp(min=FLOOR)[:, None]], dim=1)
-        entropy_N = -(dense_NV.exp() * dense_NV).sum(-1)
-        close(scores, "reverse_kl", kl(student_NJ, teacher_NJ).numpy() * mask_N)
-        close(scores, "forward_kl", kl(teacher_NJ, student_NJ).numpy() * mask_N)
-        close(scores, "teacher_entropy", entropy_N.numpy() * mask_N)
-        close(scores, "student_entropy", np.array(given["student_entropy"]) * mask_N)
-        assert row_values(scores, "loss_mask", row).tolist() == given["loss_mask"]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -292,7 +179,7 @@ def test_union_support_names_no_id_twice(k: int, pairs: dict[str, tuple[str, str
 def test_vocabulary_below_the_five_alternatives_shown(tmp_path: Path) -> None:
     path = save_model(tmp_path / "tiny", vocab_size=3)
     table = rollouts_of_three()
-    one = TeacherActor(TeacherSpec(model=path, dtype="float32"), path, 3, 2, "student", FLOOR)
+    one = TeacherActor(TeacherSpec(model=path, dtype="float32"), path, 3, 2, "student", FLOOR, 64)
     _, _, targets = one.score(table)
     ids_N5 = tables.column(targets, "teacher_top_ids")
     logprobs_N5 = tables.column(targets, "teacher_top_logprobs")
@@ -395,17 +282,17 @@ def test_teacher_that_gives_no_numbers_quarantines_only_what_it_spoils(
     student, teacher = pairs["qwen3"]
     table = rollouts(student, 4)
     one = actor(teacher, max_batch_tokens=4096)
-    trunk, spoiled_row = one._trunk, table.column("prompt_ids")[4].as_py()
+    read, spoiled_row = one._trunk.hidden_states, table.column("prompt_ids")[4].as_py()
 
-    def broken(input_ids: torch.Tensor, **options: Any) -> Any:
-        out = trunk(input_ids=input_ids, **options)
-        for row, ids in enumerate(input_ids.tolist()):
-            if ids[: len(spoiled_row)] == spoiled_row:
-                out.last_hidden_state[row, -20:] = torch.nan
-                out.last_hidden_state[row, :20] = torch.nan
-        return out
+    def broken(rows: Sequence[Row]) -> HiddenStates:
+        for places, hidden_ND in read(rows):
+            ends = np.cumsum([rows[place].response_tokens for place in places])
+            for place, end in zip(places, ends.tolist(), strict=True):
+                if rows[place].input_ids.tolist()[: len(spoiled_row)] == spoiled_row:
+                    hidden_ND[end - 1] = torch.nan
+            yield places, hidden_ND
 
-    monkeypatch.setattr(one, "_trunk", broken)
+    monkeypatch.setattr(one._trunk, "hidden_states", broken)
     header, scores, targets = one.score(table)
     assert [quarantined.key[1] for quarantined in header.quarantined] == [4]
     assert "not finite" in header.quarantined[0].reason

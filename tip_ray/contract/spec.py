@@ -64,7 +64,7 @@ class TeacherSpec(_Section):
     num_gpus: NonNegativeInt = 0
     """GPUs of one replica; above 1 the model is spread over them."""
     tensor_parallel: PositiveInt = 1
-    """Tensor-parallel size of engine vllm."""
+    """Devices that engine vllm spreads the model over; on GPUs all of the replica's."""
     resources: Resources = {}
     """Ray custom resources of one replica."""
     engine_args: dict[str, Any] = {}
@@ -318,8 +318,6 @@ class RunSpec(_Section):
 
 # Values whose feature has not landed: field -> (values that work, what to do).
 NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
-    "teacher.engine": (("transformers",), "use transformers"),
-    "teacher.tensor_parallel": ((1,), "it belongs to teacher.engine vllm"),
     "teacher.targets": (("topk",), "use topk"),
     "selection.rule": (("all", "random", "entropy", "soft_or"), "use one of them"),
     "selection.scope": (("rollout",), "use rollout"),
@@ -345,7 +343,23 @@ def parse_spec(raw: Mapping[str, Any]) -> RunSpec:
     except ValidationError as error:
         raise _spec_error(error) from None
     _refuse_not_yet(spec)
+    _refuse_engine_mismatch(spec.teacher)
     return spec
+
+
+def _refuse_engine_mismatch(teacher: TeacherSpec) -> None:
+    """Fields of the teacher that its engine would ignore, or that exclude one another."""
+    path, size = "teacher.tensor_parallel", str(teacher.tensor_parallel)
+    if teacher.engine == "transformers":
+        cure = "set teacher.engine to vllm"
+        if teacher.tensor_parallel > 1:
+            raise SpecError(path, size, "1 with engine transformers", cure)
+        if teacher.engine_args:
+            found = _short(teacher.engine_args)
+            raise SpecError("teacher.engine_args", found, "nothing with engine transformers", cure)
+    elif teacher.num_gpus and teacher.num_gpus != teacher.tensor_parallel:
+        expected = f"{teacher.num_gpus}, as teacher.num_gpus"
+        raise SpecError(path, size, expected, "engine vllm uses every GPU of its replica")
 
 
 def _refuse_not_yet(spec: RunSpec) -> None:

@@ -127,6 +127,8 @@ def _teacher(spec: RunSpec, facts: PairFacts, group: PlacementGroup) -> Callable
         k=facts.support_k,
         support_source=spec.support_source,
         tail_floor_nats=spec.loss.tail_floor_nats,
+        # The prompt limit holds for the teacher's rendering too.
+        max_row_tokens=spec.rollout.max_prompt_tokens + spec.rollout.max_response_tokens,
     )
 
 

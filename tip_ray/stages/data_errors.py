@@ -21,8 +21,11 @@ _TOKEN_COLUMNS = ("loss_mask", "student_logprob", "student_entropy", "student_ta
                   "student_topk_ids", "student_topk_logprobs")  # fmt: skip
 
 
-def refusals(table: pa.Table, vocab_size: int) -> dict[int, str]:
+def refusals(table: pa.Table, vocab_size: int, max_row_tokens: int | None = None) -> dict[int, str]:
     """Row -> why no replica could score it, for rows of a ROLLOUTS table; ascending.
+
+    Args:
+        max_row_tokens: of the teacher's prompt and the response; None: any number.
 
     Raises:
         TableError: a token column differs in length from response_ids.
@@ -39,10 +42,20 @@ def refusals(table: pa.Table, vocab_size: int) -> dict[int, str]:
                 reasons[row] = f"{name} with an id outside the vocabulary of {vocab_size}"
             if ids.is_valid and len(ids.values) == 0:
                 reasons[row] = f"{name} is empty: nothing predicts the first response token"
+        tokens = _row_tokens(table, row)
+        if max_row_tokens is not None and tokens > max_row_tokens:
+            reasons[row] = f"{tokens} tokens for the teacher to read, at most {max_row_tokens}"
     for reason, bad_N in _bad_tokens(table, vocab_size):
         for row in rows_of(table, bad_N):
             reasons.setdefault(row, reason)
     return dict(sorted(reasons.items()))
+
+
+def _row_tokens(table: pa.Table, row: int) -> int:
+    """Prompt and response, as the teacher reads them."""
+    theirs, response = table.column("teacher_prompt_ids")[row], table.column("response_ids")[row]
+    prompt = theirs if theirs.is_valid else table.column("prompt_ids")[row]
+    return len(prompt.values) + len(response.values)
 
 
 def _bad_tokens(table: pa.Table, vocab_size: int) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:

@@ -1,17 +1,19 @@
 """TeacherActor: ROLLOUTS -> SCORES, TARGETS.
 
-The trunk reads whole rows, batched by length; the LM head then runs on response positions only, a
-few rows of logits at a time. The logits at input t - 1 predict token t.
+The trunk (engines/trunk.py) reads whole rows; the LM head then runs on response positions only, a
+few rows of logits at a time, and is the same for every trunk. The logits at input t - 1 predict
+token t.
 
-B  rows of a batch          T  padded inputs of a row       D  width of a hidden state
-N  response tokens          C  tokens of one chunk          V  shared vocabulary
-K  student's support        W  target support: K, or 2K for a union, with id -1 = padding
+N  response tokens          C  tokens of one chunk          D  width of a hidden state
+K  student's support        V  shared vocabulary
+W  target support: K, or 2K for a union, with id -1 = padding
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from typing import NamedTuple
 
 import numpy as np
@@ -26,14 +28,14 @@ from tip_ray.compute.divergence import (
     support_divergence,
     tail_logprob,
 )
-from tip_ray.compute.packing import length_buckets, pad_right, to_tensor
+from tip_ray.compute.packing import to_tensor
 from tip_ray.contract import tables
-from tip_ray.contract.errors import SpecError
 from tip_ray.contract.headers import Quarantined, TeacherHeader
 from tip_ray.contract.spec import TeacherSpec
 from tip_ray.contract.tables import SCORES, TOP_SHOWN, column, offsets
 from tip_ray.stages.data_errors import quarantine, refusals, rows_of, without_rows
-from tip_ray.stages.models import load_causal_lm, path_on_this_node, trunk_and_head
+from tip_ray.stages.engines.trunk import Row, make_trunk
+from tip_ray.stages.models import path_on_this_node
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -81,9 +83,11 @@ class TeacherActor:
         k: K, at most V.
         support_source: whose top-K the targets are on: student | teacher | union.
         tail_floor_nats: floor of both tails' log-mass in the divergences.
+        max_row_tokens: prompt and response of the longest row; engine vllm makes room for it.
 
     Raises:
-        SpecError: the model cannot be loaded, or does not fit the replica's devices.
+        SpecError: the model cannot be loaded, does not fit the replica's devices, or
+            teacher.engine_args do not fit the engine.
     """
 
     def __init__(
@@ -94,27 +98,14 @@ class TeacherActor:
         k: int,
         support_source: str,
         tail_floor_nats: float,
+        max_row_tokens: int,
     ) -> None:
         torch.set_num_threads(teacher.num_cpus)
         self._spec, self._k, self._vocab_size = teacher, k, vocab_size
         self._source, self._floor = support_source, tail_floor_nats
         path = path_on_this_node(model_path, teacher.model, teacher.revision, "teacher.model")
-        model = load_causal_lm(
-            path,
-            teacher.dtype,
-            teacher.trust_remote_code,
-            "balanced" if teacher.num_gpus > 1 else None,
-            "teacher.model",
-        )
-        if teacher.num_gpus == 1:
-            model = model.to("cuda")
-        if teacher.num_gpus and any(one.device.type != "cuda" for one in model.parameters()):
-            found = f"{teacher.num_gpus}: {teacher.model} does not fit"
-            raise SpecError("teacher.num_gpus", found, "devices that hold the whole model")
-        self._trunk, head_VD = trunk_and_head(model, "teacher.model")
-        # Rows that only the teacher's padded head has are cut off: no softmax ever sees them.
-        self._head_VD = head_VD.detach()[:vocab_size]
-        self._input_device = model.get_input_embeddings().weight.device
+        self._trunk = make_trunk(teacher, path, vocab_size, max_row_tokens)
+        self._head_VD = self._trunk.head_VD
 
     def ping(self) -> None:
         """Answer that the actor is alive."""
@@ -130,7 +121,7 @@ class TeacherActor:
         """
         started = time.perf_counter()
         table = tables.concat(rollouts, tables.rollouts_schema(self._k))
-        reasons = refusals(table, self._vocab_size)
+        reasons = refusals(table, self._vocab_size, self._trunk.max_row_tokens)
         quarantined = [quarantine(table, row, reason) for row, reason in reasons.items()]
         table = without_rows(table, list(reasons))
 
@@ -149,38 +140,21 @@ class TeacherActor:
     def _score_tokens(self, table: pa.Table) -> _Scored:
         """All response tokens of `table`, in its order, on the CPU."""
         student = _student_numbers(table)
+        starts, (indices, rows) = offsets(table, "response_ids"), _trunk_rows(table)
         parts, order = [], []
-        for hidden_ND, tokens_N in self._hidden_states(table):
-            order.append(tokens_N)
-            for start in range(0, len(tokens_N), self._spec.chunk_rows):
-                rows = slice(start, start + self._spec.chunk_rows)
-                chunk = student.chunk(tokens_N[rows], self._head_VD.device)
-                parts.append(self._score_chunk(hidden_ND[rows], chunk))
+        with closing(self._trunk.hidden_states(rows)) as batches:
+            for places, hidden_ND in batches:
+                tokens_N = _tokens_of([indices[place] for place in places], starts)
+                order.append(tokens_N)
+                for start in range(0, len(tokens_N), self._spec.chunk_rows):
+                    part = slice(start, start + self._spec.chunk_rows)
+                    chunk = student.chunk(tokens_N[part], self._head_VD.device)
+                    parts.append(self._score_chunk(hidden_ND[part], chunk))
         if not parts:  # no row, or none with a response
             nothing_ND = self._head_VD.new_empty((0, self._head_VD.shape[1]))
             return self._score_chunk(nothing_ND, student.chunk(slice(0), nothing_ND.device))
         whole = _Scored(*(torch.cat(one) for one in zip(*parts, strict=True)))
         return whole.in_order_of(torch.cat(order))
-
-    def _hidden_states(self, table: pa.Table) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batch by batch: the hidden state that predicts each response token, and its index."""
-        inputs, prompt_lengths = _inputs(table)
-        starts = offsets(table, "response_ids")
-        lengths = np.array([len(one) for one in inputs], np.int64)
-        for rows in length_buckets(lengths, self._spec.max_batch_tokens):
-            ids_BT = pad_right([inputs[row] for row in rows])
-            places, tokens = [], []
-            for place, row in enumerate(rows):
-                first = place * ids_BT.shape[1] + prompt_lengths[row] - 1
-                places.append(first + np.arange(starts[row + 1] - starts[row]))
-                tokens.append(np.arange(starts[row], starts[row + 1]))
-            # Padding stands on the right of a causal model: no mask is needed.
-            ids_BT = ids_BT.to(self._input_device)
-            hidden_BTD = self._trunk(input_ids=ids_BT, use_cache=False).last_hidden_state
-            places_N = torch.from_numpy(np.concatenate(places)).to(hidden_BTD.device)
-            hidden_ND = hidden_BTD.flatten(0, 1)[places_N].to(self._head_VD.device)
-            del hidden_BTD  # of the padded batch only what the head reads stays
-            yield hidden_ND, torch.from_numpy(np.concatenate(tokens))
 
     def _score_chunk(self, hidden_CD: Tensor, student: _Student) -> _Scored:
         logits_CV = head_logits(hidden_CD, self._head_VD)
@@ -245,20 +219,27 @@ def _student_numbers(table: pa.Table) -> _Student:
     )
 
 
-def _inputs(table: pa.Table) -> tuple[list[npt.NDArray[np.int64]], list[int]]:
-    """What the trunk reads of each row (the last token predicts nothing), and prompt lengths."""
+def _trunk_rows(table: pa.Table) -> tuple[list[int], list[Row]]:
+    """What the trunk reads of each row that has a response, and that row's index in `table`."""
     starts, response_ids = offsets(table, "response_ids"), column(table, "response_ids")
-    inputs, prompt_lengths = [], []
-    for row in range(table.num_rows):
-        prompt = table.column("teacher_prompt_ids")[row]
+    indices, rows = [], []
+    for index in np.flatnonzero(np.diff(starts)).tolist():
+        prompt = table.column("teacher_prompt_ids")[index]
         if not prompt.is_valid:
-            prompt = table.column("prompt_ids")[row]
-        prompt_ids = prompt.values.to_numpy()
-        before_last = max(starts[row + 1] - 1, starts[row])
-        response = response_ids[starts[row] : before_last]
-        inputs.append(np.concatenate([prompt_ids, response]).astype(np.int64))
-        prompt_lengths.append(len(prompt_ids))
-    return inputs, prompt_lengths
+            prompt = table.column("prompt_ids")[index]
+        start, end = starts[index], starts[index + 1]
+        # The last token predicts nothing.
+        ids = np.concatenate([prompt.values.to_numpy(), response_ids[start : end - 1]])
+        indices.append(index)
+        rows.append(Row(ids.astype(np.int64), int(end - start)))
+    return indices, rows
+
+
+def _tokens_of(rows: Sequence[int], starts: npt.NDArray[np.int64]) -> Tensor:
+    """Indices of the response tokens of some rows, row after row."""
+    return torch.from_numpy(
+        np.concatenate([np.arange(starts[row], starts[row + 1]) for row in rows])
+    )
 
 
 def _gather_padded(logprobs_CV: Tensor, ids_CW: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from tip_ray.contract.errors import ModelMismatchError, ReplicaError, SpecError
 from tip_ray.stages.engines.base import EngineConfig, Finished, Request
-from tip_ray.stages.engines.vllm_args import FIELD, build_engine_args
+from tip_ray.stages.engines.vllm_args import FIELD, build_engine_args, values_checked_by_vllm
 from tip_ray.stages.engines.workarounds import prepare_process
 
 if TYPE_CHECKING:
@@ -43,15 +43,8 @@ class VllmEngine:
 
         self._config = config
         args = build_engine_args(config)
-        try:
+        with values_checked_by_vllm(FIELD, config.engine_args):
             settings = args.create_engine_config(UsageContext.LLM_CLASS)
-        except (TypeError, ValueError) as error:
-            if not config.engine_args:
-                raise
-            line = " ".join(str(error).split())[:300]
-            raise SpecError(
-                FIELD, repr(config.engine_args)[:200], "what vLLM takes", line
-            ) from None
         self._engine = LLMEngine.from_vllm_config(
             settings, usage_context=UsageContext.LLM_CLASS, disable_log_stats=True
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tip_ray.contract.errors import SpecError
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 FIELD = "rollout.engine_args"
 _PACKAGE = "tip_ray.stages.engines.recorder"
+_MIN_BATCHED_TOKENS = 8192  # of one step on the CPU, where a prompt is not cut into chunks
 
 # Decided by another field of the spec.
 ELSEWHERE = {
@@ -68,18 +71,11 @@ def build_engine_args(config: EngineConfig) -> EngineArgs:
             this vLLM is not built for the replica's devices.
     """
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.platforms import current_platform
 
-    known = {field.name for field in dataclasses.fields(EngineArgs)}
-    for name, value in config.engine_args.items():
-        _check(name, value, known)
-    on_cpu = current_platform.is_cpu()
-    if on_cpu != (config.num_gpus == 0):
-        kind = "the CPU" if on_cpu else "GPUs"
-        expected = "0" if on_cpu else "at least 1"
-        cure = f"this vllm is built for {kind}; install the other, or use engine transformers"
-        raise SpecError("rollout.num_gpus", str(config.num_gpus), expected, cure)
-    args = _own_args(config) | (cpu_engine_args(config) if on_cpu else {})
+    check_engine_args(FIELD, config.engine_args, ELSEWHERE, INEXACT)
+    on_cpu = check_devices("rollout.num_gpus", config.num_gpus)
+    batched_tokens = max(config.max_model_tokens, _MIN_BATCHED_TOKENS)
+    args = _own_args(config) | (cpu_engine_args(batched_tokens) if on_cpu else {})
     extra = config.engine_args.get("additional_config", {}) | args["additional_config"]
     return EngineArgs(**args | config.engine_args | {"additional_config": extra})
 
@@ -107,13 +103,61 @@ def _own_args(config: EngineConfig) -> dict[str, Any]:
     }
 
 
-def _check(name: str, value: Any, known: set[str]) -> None:
-    path, found = f"{FIELD}.{name}", repr(value)[:60]
-    if name in ELSEWHERE:
-        raise SpecError(path, found, "nothing", ELSEWHERE[name])
-    if name in INEXACT:
-        raise SpecError(path, found, "nothing", f"remove it: {INEXACT[name]}")
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        cure = f"did you mean {near[0]}?" if near else "remove it"
-        raise SpecError(path, "an unknown key", "an engine argument of vLLM", cure)
+def check_engine_args(
+    field: str,
+    engine_args: Mapping[str, Any],
+    elsewhere: Mapping[str, str],
+    inexact: Mapping[str, str],
+) -> None:
+    """Refuse names that vLLM does not know, that another field decides, or that break exactness.
+
+    Args:
+        field: the spec's name for `engine_args`.
+        elsewhere: name -> the cure.
+        inexact: name -> why it cannot be set.
+
+    Raises:
+        SpecError: `field`.NAME.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = {one.name for one in dataclasses.fields(EngineArgs)}
+    for name, value in engine_args.items():
+        path, found = f"{field}.{name}", repr(value)[:60]
+        if name in elsewhere:
+            raise SpecError(path, found, "nothing", elsewhere[name])
+        if name in inexact:
+            raise SpecError(path, found, "nothing", f"remove it: {inexact[name]}")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            cure = f"did you mean {near[0]}?" if near else "remove it"
+            raise SpecError(path, "an unknown key", "an engine argument of vLLM", cure)
+
+
+def check_devices(field: str, num_gpus: int) -> bool:
+    """Whether this vLLM runs on the CPU.
+
+    Raises:
+        SpecError: it is not built for a replica with `num_gpus`.
+    """
+    from vllm.platforms import current_platform
+
+    on_cpu = bool(current_platform.is_cpu())
+    if on_cpu != (num_gpus == 0):
+        kind = "the CPU" if on_cpu else "GPUs"
+        expected = "0" if on_cpu else "at least 1"
+        cure = f"this vllm is built for {kind}; install the other, or use engine transformers"
+        raise SpecError(field, str(num_gpus), expected, cure)
+    return on_cpu
+
+
+@contextmanager
+def values_checked_by_vllm(field: str, engine_args: Mapping[str, Any]) -> Iterator[None]:
+    """What vLLM refuses of given `engine_args` becomes one SpecError line on `field`."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if not engine_args:
+            raise
+        line = " ".join(str(error).split())[:300]
+        raise SpecError(field, repr(engine_args)[:200], "what vLLM takes", line) from None

@@ -8,11 +8,9 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-
-from tip_ray.stages.engines.base import EngineConfig
 
 _GIB = 1 << 30
 CPU_KV_CACHE_BYTES = 1 * _GIB
@@ -29,8 +27,19 @@ class Variable:
     forced: bool  # False: a value that is already set stays
 
 
-def _variables(config: EngineConfig) -> list[Variable]:
-    threads = max(1, config.num_cpus // config.tensor_parallel)
+class Replica(Protocol):
+    """What the settings depend on: a replica's part of the spec."""
+
+    @property
+    def num_cpus(self) -> int: ...
+    @property
+    def num_gpus(self) -> int: ...
+    @property
+    def tensor_parallel(self) -> int: ...
+
+
+def _variables(replica: Replica) -> list[Variable]:
+    threads = max(1, replica.num_cpus // replica.tensor_parallel)
     always = [
         Variable(
             "VLLM_ENABLE_V1_MULTIPROCESSING",
@@ -84,15 +93,15 @@ def _variables(config: EngineConfig) -> list[Variable]:
             forced=False,
         ),
     ]
-    return always + (on_cpu if config.num_gpus == 0 else [])
+    return always + (on_cpu if replica.num_gpus == 0 else [])
 
 
-def prepare_process(config: EngineConfig) -> None:
+def prepare_process(replica: Replica) -> None:
     """Set the environment and the threads; call it before the first import of vllm."""
-    for variable in _variables(config):
+    for variable in _variables(replica):
         if variable.forced or variable.name not in os.environ:
             os.environ[variable.name] = variable.value
-    if config.num_gpus == 0:
+    if replica.num_gpus == 0:
         # vLLM forbids torch.set_num_threads once a CPU worker is up.
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         if "torch._dynamo" in sys.modules and os.environ["TORCHDYNAMO_DISABLE"] == "1":
@@ -115,14 +124,18 @@ def repack_heads(model: torch.nn.Module) -> None:
             method.process_weights_after_loading(module)
 
 
-def cpu_engine_args(config: EngineConfig) -> dict[str, Any]:
-    """Defaults of the CPU backend; the spec's engine_args win over them."""
+def cpu_engine_args(batched_tokens: int) -> dict[str, Any]:
+    """Defaults of the CPU backend; the spec's engine_args win over them.
+
+    Args:
+        batched_tokens: of one step; at least the longest prompt, which is not cut into chunks.
+    """
     defaults: dict[str, Any] = {
         "enforce_eager": True,  # compiling takes minutes and a compiler, and gains little
         # Per-request seeds crash with chunked prefill ("CPU Generator does not use offset"),
         # until vLLM rewinds a CPU generator in another way. Without chunks a prompt must fit.
         "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(config.max_model_tokens, 8192),
+        "max_num_batched_tokens": batched_tokens,
     }
     if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         # Otherwise vLLM claims a share of the whole machine's memory.
