@@ -5,6 +5,7 @@ TipRayError
 │   ├── SpecError              a spec or an argument: field, found, expected, cure
 │   ├── ModelMismatchError     student and teacher cannot be paired
 │   ├── RunDirectoryError      the run directory cannot be used
+│   │   └── LeaseLostError     another driver has taken the run over
 │   └── PlacementError         the cluster can never, or did not in time, hold the run
 ├── NotFoundError              no such run or file; exit code 3
 ├── NotSupportedError          this client or feature cannot do that; says what can
@@ -14,7 +15,8 @@ TipRayError
 ├── TableError                 a table does not conform to its schema
 ├── TransitionError            an illegal RunState transition
 ├── DataError                  one piece of data is poisonous; it is quarantined, not retried
-└── ReplicaError               a replica died, hung or answered from an older epoch; retried
+├── ReplicaError               a replica died, hung or answered from an older epoch; retried
+└── ObjectsLostError           tables went with the node that held them; made again
 
 All of them survive pickling: their state is their message and plain attributes.
 """
@@ -64,6 +66,10 @@ class RunDirectoryError(UserError):
     """The run directory cannot be read, written, or belongs to something else."""
 
 
+class LeaseLostError(RunDirectoryError):
+    """Another driver has taken the run over: this one writes nothing more."""
+
+
 class PlacementError(UserError):
     """The cluster can never hold the run, or did not give it room in time."""
 
@@ -108,3 +114,7 @@ class DataError(TipRayError):
 
 class ReplicaError(TipRayError):
     """A replica died, hung, or answered from an older epoch; the work is dispatched again."""
+
+
+class ObjectsLostError(TipRayError):
+    """Tables or weights went with the node that held them; no replica is at fault."""

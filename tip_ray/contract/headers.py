@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from tip_ray.contract.tables import Key
 
+Tried = tuple[int, int, int]  # (slot, sample_index, attempt) of a step
+
 
 @dataclass(frozen=True)
 class Quarantined:
@@ -70,6 +72,7 @@ class SelectionHeader:
     frozen_thresholds: QuadrantThresholds
     keep_bytes: int
     busy_s: float
+    nothing_kept: tuple[Tried, ...] = ()  # rollouts that no rank gets to see
 
 
 @dataclass(frozen=True)
@@ -97,3 +100,4 @@ class LearnerReport:
     peak_bytes: int
     busy_s: float
     micro_batches: int = field(default=0)
+    trained: tuple[Tried, ...] = ()  # the rollouts that this rank was given

@@ -256,6 +256,12 @@ def keys(table: pa.Table) -> list[Key]:
     return list(zip(*columns, strict=True))
 
 
+def tried(table: pa.Table) -> tuple[tuple[int, int, int], ...]:
+    """(slot, sample_index, attempt) of each row."""
+    columns = (table.column(name).to_pylist() for name in ("slot", "sample_index", "attempt"))
+    return tuple(zip(*columns, strict=True))
+
+
 def newest_attempts(table: pa.Table) -> pa.Table:
     """`table` with one row a key, that of the highest attempt, in order of the key."""
     best: dict[Key, tuple[int, int]] = {}

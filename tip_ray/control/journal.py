@@ -1,7 +1,8 @@
 """The driver's account of a run: status, heartbeat, metrics, samples and events, in order.
 
 All writes go through one thread, so they are in the order of their calls and never block the
-loop; a failed write surfaces at the next awaited one and by `close`.
+loop. Each is tried again for a few seconds; what fails for longer surfaces at the next awaited one
+and by `end`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from tip_ray.contract import tables
+from tip_ray.contract.errors import LeaseLostError, RunDirectoryError, RunFailedError
 from tip_ray.contract.headers import Quarantined
 from tip_ray.contract.run_state import (
     HEARTBEAT_S,
@@ -32,6 +34,7 @@ from tip_ray.control.run_directory import RunDirectory
 from tip_ray.control.run_reader import RunReader
 from tip_ray.control.samples import with_text
 
+PAUSES_S = (0.2, 0.5, 1.0, 2.0)  # before storage that failed is tried again
 Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
 
@@ -58,6 +61,7 @@ class Journal:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._pending: list[Future[Any]] = []
         self._replicas_lost = 0
+        self._unwritable = False
 
     async def state(
         self, state: RunState, *, error: str | None = None, waiting_for: str | None = None
@@ -96,8 +100,11 @@ class Journal:
             self._change(rollouts_quarantined=self.status.rollouts_quarantined + len(items))
             self._progress.message(f"quarantined {len(items)}: {items[0].reason}")
 
-    async def step(self, metrics: StepMetrics, samples: Sequence[pa.Table]) -> None:
-        """One trained step: its metrics, samples and status."""
+    async def step(
+        self, metrics: StepMetrics, samples: Sequence[pa.Table], audit: pa.Table
+    ) -> None:
+        """One trained step: its audit, metrics, samples and status."""
+        self._submit(self.directory.write_audit, metrics.step, audit)
         self._submit(self.directory.append_metrics, metrics)
         shown = tables.newest_attempts(tables.concat(samples, tables.SAMPLES))
         if shown.num_rows:
@@ -162,7 +169,8 @@ class Journal:
             exit_code: of this process.
 
         Raises:
-            RunDirectoryError: a write failed.
+            RunFailedError: a write failed.
+            LeaseLostError: another driver has taken over.
         """
         if self.status.state.ended:
             return
@@ -192,10 +200,32 @@ class Journal:
         self._submit(self.directory.write_status, status)
 
     def _submit(self, write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        self._pending.append(self._writer.submit(write, *args, **kwargs))
+        action = partial(write, *args, **kwargs)
+        self._pending.append(self._writer.submit(self._patiently, action))
+
+    def _patiently(self, action: Callable[[], Result]) -> Result:
+        """Do it, in the writer's thread; storage that fails for a moment costs nothing."""
+        for pause_s in PAUSES_S:
+            try:
+                return action()
+            except LeaseLostError:
+                raise
+            except RunDirectoryError:
+                if self._unwritable:
+                    break
+                time.sleep(pause_s)
+        try:
+            return action()
+        except LeaseLostError:
+            raise
+        except RunDirectoryError as error:
+            self._unwritable = True
+            raise RunFailedError(
+                f"{error}; once it can be written, the same --run-id goes on"
+            ) from error
 
     async def _run(self, read: Callable[[], Result]) -> Result:
-        return await _unbroken(self._writer.submit(read))
+        return await _unbroken(self._writer.submit(self._patiently, read))
 
     async def _settle(self) -> None:
         """Wait until all writes so far are done; raise the first that failed."""
@@ -224,6 +254,7 @@ def _counted(reader: RunReader) -> dict[str, Any]:
         "bytes_shipped": "bytes_cut_to_learner",
         "bytes_unpruned": "bytes_unpruned_to_learner",
         "updates_skipped": "update_skipped",
+        "rollouts_quarantined": "rollouts_quarantined",
     }
     last = rows[-1] if rows else {}
     latest = {name: last.get(name) for name in ("loss", "kept_fraction", "learner_tokens_per_s")}

@@ -23,6 +23,19 @@ def _schema_of(model: type[BaseModel]) -> pa.Schema:
 
 METRICS_SCHEMA = _schema_of(StepMetrics)
 
+# What became of one rollout: see audit.py.
+AUDIT_SCHEMA = pa.schema(
+    [
+        pa.field("step", pa.int64(), nullable=False),
+        pa.field("slot", pa.int32(), nullable=False),
+        pa.field("sample_index", pa.int32(), nullable=False),
+        pa.field("attempt", pa.int32(), nullable=False),  # -1: quarantined
+        pa.field("rank", pa.int32(), nullable=False),  # the learner rank; -1: none saw it
+        pa.field("epoch", pa.int64(), nullable=False),  # of the driver that wrote it down
+        pa.field("outcome", pa.string(), nullable=False),  # trained | nothing_kept | quarantined
+    ]
+)
+
 
 def merge_parts(parts: Iterable[pa.Table]) -> pa.Table:
     """Rows of all parts in order of step; for a step that several have, the last part's."""

@@ -17,15 +17,26 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pyarrow as pa
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tip_ray.contract.errors import RunCancelledError, RunFailedError
+from tip_ray.contract.errors import (
+    LeaseLostError,
+    ObjectsLostError,
+    ReplicaError,
+    RunCancelledError,
+    RunDirectoryError,
+    RunFailedError,
+)
 from tip_ray.contract.headers import (
+    CutHeader,
     LearnerReport,
     QuadrantThresholds,
     Quarantined,
@@ -33,13 +44,15 @@ from tip_ray.contract.headers import (
     TeacherHeader,
 )
 from tip_ray.contract.spec import RunSpec
+from tip_ray.control.audit import step_audit
 from tip_ray.control.checkpoint import Checkpoints, Manifest
 from tip_ray.control.evaluate import Evaluator
-from tip_ray.control.journal import Journal
+from tip_ray.control.journal import PAUSES_S, Journal
 from tip_ray.control.step_metrics import StepTrace, step_metrics
 from tip_ray.control.step_work import RolloutWork
 from tip_ray.runtime.gang import Gang
-from tip_ray.runtime.pool import Pool
+from tip_ray.runtime.pool import FAILURES, Pool
+from tip_ray.runtime.replica import classify
 from tip_ray.runtime.tasks import first_leaf, together, value_of
 from tip_ray.runtime.weights import WeightVersion
 from tip_ray.stages.cut import cut
@@ -74,6 +87,7 @@ class _Prepared:
     step: int
     selected: list[list[Any]]  # by rank, references of SELECTED tables
     samples: list[Any]  # references of SAMPLES tables
+    quarantined: list[Quarantined]
     cursor: Cursor  # where the next step's prompts begin
     trace: StepTrace
 
@@ -111,6 +125,7 @@ class Pipeline:
             RunCancelledError: asked to stop; the step in progress was finished and saved.
             RunFailedError: a pool or the data gave out.
             ReplicaError: a learner rank is lost, and with it the others' state.
+            ObjectsLostError: weights went with the learner's node.
         """
         if first_step == 1:
             await self._evaluate(0)
@@ -155,12 +170,30 @@ class Pipeline:
             now = time.monotonic()
             trace.seconds_step, ended = now - ended, now
             metrics = step_metrics(trace)
-            await self._journal.step(metrics, await together(*map(value_of, prepared.samples)))
+            audit = self._audit(prepared)
+            await self._journal.step(metrics, await self._samples(prepared), audit)
             await self._checkpoint_or_stop(prepared)
             self._slots.release()
 
     async def _prepare(self, work: RolloutWork) -> _Prepared:
-        """PROMPTS of one step -> SELECTED: generate and score side by side, select, cut."""
+        """PROMPTS of one step -> SELECTED.
+
+        Where tables went with the node that held them the step is made again from its prompts,
+        with a higher attempt: what is left of the first try is dropped.
+
+        Raises:
+            RunFailedError: that was so `faults.max_tries` times.
+        """
+        for _ in range(self._spec.faults.max_tries):
+            try:
+                return await self._prepare_once(work)
+            except ObjectsLostError as error:
+                self._journal.event("step_made_again", step=work.step, reason=str(error))
+                lost, work = error, work.again()
+        raise RunFailedError(f"step {work.step}: its tables were lost each time, last: {lost}")
+
+    async def _prepare_once(self, work: RolloutWork) -> _Prepared:
+        """Generate and score side by side, select, cut."""
         trace = StepTrace(step=work.step, spec=self._spec)
         scored = await self._generate_and_score(work, trace)
         self._refuse_too_many(work)
@@ -193,9 +226,12 @@ class Pipeline:
 
         waiting: list[tuple[RolloutHeader, Any]] = []
         began = time.monotonic()
-        async with asyncio.TaskGroup() as group:
-            for shard in range(len(self._stages.rollout)):
-                group.create_task(generate(shard, group))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for shard in range(len(self._stages.rollout)):
+                    group.create_task(generate(shard, group))
+        except BaseExceptionGroup as errors:
+            raise first_leaf(errors) from errors
         trace.seconds_generate_and_score = time.monotonic() - began
         if not work.complete:
             raise RunFailedError(f"step {work.step}: the rollout pool lost rollouts; a bug")
@@ -235,22 +271,58 @@ class Pipeline:
         self, work: RolloutWork, scored: list[_Scored], keep: Any, trace: StepTrace
     ) -> _Prepared:
         """TARGETS + KEEP -> SELECTED, each batch on the node where its TARGETS lie."""
-        ranks = len(self._stages.learner)
-        cuts = [
-            self._cut.options(
-                num_returns=2 + ranks,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(batch.node_id, soft=True),
-            ).remote(ranks, keep, batch.scores, batch.targets, *batch.rollouts)
-            for batch in scored
-        ]
-        trace.cuts = await together(*(value_of(refs[0]) for refs in cuts))
+        cuts = await together(*(self._cut_one(keep, batch) for batch in scored))
+        trace.cuts = [header for header, _ in cuts]
+        ranks = range(len(self._stages.learner))
         return _Prepared(
             step=work.step,
-            selected=[[refs[2 + rank] for refs in cuts] for rank in range(ranks)],
-            samples=[refs[1] for refs in cuts],
+            selected=[[refs[1 + rank] for _, refs in cuts] for rank in ranks],
+            samples=[refs[0] for _, refs in cuts],
+            quarantined=work.quarantined,
             cursor=work.cursor,
             trace=trace,
         )
+
+    async def _cut_one(self, keep: Any, batch: _Scored) -> tuple[CutHeader, list[Any]]:
+        """The header, and references of SAMPLES and of each rank's SELECTED.
+
+        Ray itself tries again where the process dies; here is the deadline of one that hangs.
+        """
+        ranks = len(self._stages.learner)
+        remote = self._cut.options(
+            num_returns=2 + ranks,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(batch.node_id, soft=True),
+        )
+        for _ in range(self._spec.faults.max_tries):
+            refs = remote.remote(ranks, keep, batch.scores, batch.targets, *batch.rollouts)
+            try:
+                waited = asyncio.wait_for(value_of(refs[0]), self._spec.faults.item_timeout_s)
+                return await waited, refs[1:]
+            except FAILURES as error:
+                failure = classify(error, "cut")
+                if not isinstance(failure, ReplicaError):
+                    raise failure from error
+                ray.cancel(refs[0], force=True)
+        raise RunFailedError(f"cut failed {self._spec.faults.max_tries} times, last: {failure}")
+
+    def _audit(self, prepared: _Prepared) -> pa.Table:
+        trace = prepared.trace
+        assert trace.selection is not None
+        return step_audit(
+            prepared.step,
+            self._journal.status.epoch,
+            trace.reports,
+            trace.selection.nothing_kept,
+            prepared.quarantined,
+        )
+
+    async def _samples(self, prepared: _Prepared) -> list[pa.Table]:
+        """They are for show: where a node took them along, the step has none."""
+        try:
+            return await together(*map(value_of, prepared.samples))
+        except RayError as error:
+            self._journal.event("samples_lost", step=prepared.step, reason=type(error).__name__)
+            return []
 
     async def _train(self, prepared: _Prepared) -> list[LearnerReport]:
         """SELECTED -> one update on all ranks; too many skipped in a row fail the run."""
@@ -303,8 +375,24 @@ class Pipeline:
             cursor=prepared.cursor,
             frozen_thresholds=self._frozen,
         )
-        await self._checkpoints.save(self._stages.learner, manifest, step)
+        await self._save_with_patience(manifest, step)
         self._journal.event("checkpoint", step=step, seconds=time.monotonic() - began)
+
+    async def _save_with_patience(self, manifest: Callable[..., Manifest], step: int) -> None:
+        """Storage that fails for a moment costs nothing; for longer, it ends the run."""
+        for pause_s in (*PAUSES_S, None):
+            try:
+                await self._checkpoints.save(self._stages.learner, manifest, step)
+                return
+            except LeaseLostError:
+                raise
+            except RunDirectoryError as error:
+                if pause_s is None:
+                    raise RunFailedError(
+                        f"checkpoint after step {step}: {error}; once it can be written, the "
+                        f"same --run-id goes on"
+                    ) from error
+                await asyncio.sleep(pause_s)
 
     def _refuse_too_many(self, work: RolloutWork) -> None:
         """Quarantine is for the odd poisonous prompt: past a fraction the run fails."""

@@ -4,6 +4,7 @@
       spec.yaml                  as resolved, secrets blanked
       status.json                RunStatus, replaced atomically
       metrics/step-*.parquet     one row a step; full hundreds are merged into steps-*.parquet
+      audit/step-*.parquet       one row a rollout of the step: what became of it
       events/*.json              state changes, faults, recoveries, evaluations
       samples/step-*.arrow       a few rollouts a step: SAMPLES_WITH_TEXT
       logs/driver.log
@@ -24,6 +25,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -31,7 +33,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel
 
-from tip_ray.contract.errors import NotFoundError, RunDirectoryError, SpecError
+from tip_ray.contract.errors import (
+    LeaseLostError,
+    NotFoundError,
+    RunDirectoryError,
+    SpecError,
+)
 from tip_ray.contract.headers import Quarantined
 from tip_ray.contract.run_state import EvaluationResult, RunStatus, StepMetrics
 from tip_ray.contract.spec import RunSpec
@@ -46,6 +53,7 @@ RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set for the entrypoint of a 
 
 SPEC, STATUS, CANCEL, QUARANTINE = "spec.yaml", "status.json", "cancel", "quarantine.jsonl"
 METRICS, EVENTS, SAMPLES_DIRECTORY, LOG = "metrics", "events", "samples", "logs/driver.log"
+AUDIT = "audit"
 REPORT = "report.html"
 MERGE_STEPS = 100  # so many metrics parts are merged into one
 
@@ -172,12 +180,12 @@ class RunDirectory:
         """Replace status.json, and flush the log beside it.
 
         Raises:
-            RunDirectoryError: a driver of a later epoch has taken the run over.
+            LeaseLostError: a driver of a later epoch has taken the run over.
         """
         with self._lock:
             epoch, driver = self._lease_on_disk()
             if epoch > status.epoch or (epoch == status.epoch and driver != status.driver):
-                raise RunDirectoryError(
+                raise LeaseLostError(
                     f"{self.url}: taken over by another driver (epoch {epoch}, this one is of "
                     f"{status.epoch}); let that one go on"
                 )
@@ -193,12 +201,12 @@ class RunDirectory:
                 self._merge_metrics(metrics.step)
 
     def forget_after(self, step: int) -> None:
-        """Drop metrics and samples of later steps: they are about to be made again."""
+        """Drop metrics, samples and audit of later steps: they are about to be made again."""
         with self._lock:
             for name in self.storage.names(METRICS):
                 if name.startswith("steps-"):
                     self._shorten(f"{METRICS}/{name}", step)
-            for directory in (METRICS, SAMPLES_DIRECTORY):
+            for directory in (METRICS, SAMPLES_DIRECTORY, AUDIT):
                 for name in self.storage.names(directory):
                     number = name.removeprefix("step-").partition(".")[0]
                     if number.isdecimal() and int(number) > step:
@@ -227,6 +235,10 @@ class RunDirectory:
         content = sink.getvalue().to_pybytes()
         self.storage.write(f"{SAMPLES_DIRECTORY}/{samples_name(step)}", content)
 
+    def write_audit(self, step: int, table: pa.Table) -> None:
+        """audit/step-<step>.parquet; it replaces what an earlier try of the step wrote."""
+        self.storage.write(f"{AUDIT}/{_metrics_name(step)}", to_parquet(table))
+
     def quarantine(self, items: Iterable[Quarantined]) -> None:
         """One line an item: the rollout, the stage it failed in, and why."""
         lines = "".join(json.dumps({"time": time.time(), **asdict(item)}) + "\n" for item in items)
@@ -253,8 +265,12 @@ class RunDirectory:
         with self._lock:
             content, self._log, self._log_bytes = b"".join(self._log), [], 0
             self._log_flushed_at = time.monotonic()
-            if content:
-                self.storage.append(LOG, content)
+            try:
+                if content:
+                    self.storage.append(LOG, content)
+            except RunDirectoryError:
+                self._log = [content]  # for the next try
+                raise
 
     def cancel_requested(self) -> bool:
         """Whether someone asked the run to stop."""
@@ -300,16 +316,20 @@ class RunDirectory:
 
 
 class _LogHandler(logging.Handler):
+    """Never raises: a log that cannot be written is no reason to end whatever was logged."""
+
     def __init__(self, directory: RunDirectory) -> None:
         super().__init__()
         self.directory = directory
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.directory.append_log(self.format(record))
+        with suppress(RunDirectoryError):
+            self.directory.append_log(self.format(record))
 
     def flush(self) -> None:
-        self.directory.flush_log()
+        with suppress(RunDirectoryError):
+            self.directory.flush_log()
 
 
 def _metrics_name(step: int) -> str:

@@ -13,8 +13,9 @@ from pydantic import ValidationError
 
 from tip_ray.contract.errors import NotFoundError, RunDirectoryError
 from tip_ray.contract.run_state import EvaluationResult, RunStatus
-from tip_ray.control.metrics_parts import from_parquet, merge_parts
+from tip_ray.control.metrics_parts import AUDIT_SCHEMA, from_parquet, merge_parts
 from tip_ray.control.run_directory import (
+    AUDIT,
     CANCEL,
     EVENTS,
     LOG,
@@ -95,6 +96,13 @@ class RunReader:
         names.sort(key=lambda name: (name.startswith(f"{METRICS}/step-"), name))
         found = self.storage.read_all(names)
         return {name: found.get(name) for name in names}
+
+    def read_audit(self) -> pa.Table:
+        """What became of every rollout, all steps: AUDIT_SCHEMA, in order of step."""
+        names = [f"{AUDIT}/{n}" for n in self.storage.names(AUDIT) if n.endswith(".parquet")]
+        parts = self.storage.read_all(names)
+        tables = [from_parquet(part, f"{self.url}/{name}") for name, part in parts.items()]
+        return pa.concat_tables([AUDIT_SCHEMA.empty_table(), *tables])
 
     def read_events(self) -> list[dict[str, Any]]:
         """All events by time: `time`, `kind`, `step` and the kind's own fields."""

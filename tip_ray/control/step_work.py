@@ -37,6 +37,12 @@ class RolloutWork:
     def quarantined(self) -> list[Quarantined]:
         return [self._quarantined[key] for key in sorted(self._quarantined)]
 
+    def again(self) -> RolloutWork:
+        """The same step from its beginning, with higher attempts."""
+        work = RolloutWork(self.step, self._prompts, self.cursor)
+        work._tries = self._tries
+        return work
+
     def received(self, header: RolloutHeader) -> None:
         """Note a batch that came back."""
         self.row_tokens.update(zip(header.keys, header.row_tokens, strict=True))

@@ -6,7 +6,7 @@ import asyncio
 import time
 from dataclasses import dataclass
 
-from tip_ray.contract.errors import ReplicaError, RunFailedError
+from tip_ray.contract.errors import ObjectsLostError, ReplicaError, RunFailedError
 from tip_ray.contract.headers import QuadrantThresholds
 from tip_ray.contract.spec import RunSpec
 from tip_ray.control.checkpoint import Checkpoints, Manifest
@@ -44,25 +44,28 @@ async def train(spec: RunSpec, checked: Preflight, journal: Journal, stages: Sta
     lost_at: float | None = None
     for restarts in range(spec.faults.max_learner_restarts + 1):
         try:
+            if restarts:
+                await stages.learner.start()
             start = await _restore(first, journal, stages, checked.source, checkpoints)
             if lost_at is not None:
                 seconds = time.monotonic() - lost_at
                 journal.event("replica_recovered", pool="learner", replica="all", seconds=seconds)
+                lost_at = None
             pipeline = Pipeline(
                 spec, stages, checked.source, evaluator, journal, checkpoints, start.frozen
             )
             await pipeline.run(start.step + 1)
             return
-        except ReplicaError as error:
+        except (ReplicaError, ObjectsLostError) as error:
             if restarts == spec.faults.max_learner_restarts:
                 raise RunFailedError(
                     f"faults.max_learner_restarts: the learner was lost {restarts + 1} times, "
                     f"last: {error}"
                 ) from error
-            lost_at = time.monotonic()
-            journal.event("replica_lost", pool="learner", replica="all", reason=str(error))
+            if lost_at is None:  # else it was lost again before it had recovered
+                lost_at = time.monotonic()
+                journal.event("replica_lost", pool="learner", replica="all", reason=str(error))
             stages.learner.close()
-            await stages.learner.start()
 
 
 async def _restore(

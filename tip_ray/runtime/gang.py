@@ -6,9 +6,12 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from tip_ray.runtime.pool import FAILURES
+from tip_ray.contract.errors import ObjectsLostError, ReplicaError
+from tip_ray.runtime.pool import FAILURES, START_S
 from tip_ray.runtime.replica import CreateActor, classify, kill
 from tip_ray.runtime.tasks import together, value_of
+
+_START_TRIES = 3
 
 
 class Gang:
@@ -28,18 +31,36 @@ class Gang:
         return self._size
 
     async def start(self) -> None:
-        """Make all ranks and let them meet at an address of rank 0."""
+        """Make all ranks and let them meet at an address of rank 0; a few tries.
+
+        Raises:
+            ReplicaError: a rank died or hung each time.
+            TipRayError: whatever a rank raised of its own.
+        """
+        for last in (False,) * (_START_TRIES - 1) + (True,):
+            try:
+                await self._start_once()
+                return
+            except ReplicaError:
+                self.close()
+                if last:
+                    raise
+
+    async def _start_once(self) -> None:
         self._actors = [self._create(rank) for rank in range(self._size)]
         first = self._actors[0]
         address = (first.node_address.remote(), first.open_port.remote())
-        host, port = await self._guard(together(*map(value_of, address)), "start")
-        await self.call_same("join", host, port, self._size)
+        limit_s = max(self._timeout_s, START_S)
+        host, port = await self._guard(together(*map(value_of, address)), "start", limit_s)
+        joining = [actor.join.remote(host, port, self._size) for actor in self._actors]
+        await self._guard(together(*map(value_of, joining)), "join", limit_s)
 
     async def call(self, method: str, args: Sequence[Sequence[Any]]) -> list[Any]:
         """`method(*args[rank])` on every rank at once; the answers in rank order.
 
         Raises:
-            ReplicaError: a rank died or hung; the gang must be started again.
+            ReplicaError: a rank died, hung, or its tables were lost, for which the others would
+                wait in vain; the gang must be started again.
             TipRayError: whatever a rank raised of its own.
         """
         refs = [
@@ -74,8 +95,11 @@ class Gang:
     async def _drain(self, stream: Any) -> list[tuple[Any, Any]]:
         return [(await header_ref, await anext(stream)) async for header_ref in stream]
 
-    async def _guard(self, work: Any, method: str) -> Any:
+    async def _guard(self, work: Any, method: str, limit_s: float | None = None) -> Any:
         try:
-            return await asyncio.wait_for(work, self._timeout_s)
+            return await asyncio.wait_for(work, limit_s or self._timeout_s)
         except FAILURES as error:
-            raise classify(error, f"{self.name}.{method}") from error
+            failure = classify(error, f"{self.name}.{method}")
+            if isinstance(failure, ObjectsLostError):
+                failure = ReplicaError(str(failure))
+            raise failure from error

@@ -20,12 +20,13 @@ from typing import Any, Protocol
 
 from ray.exceptions import RayError
 
-from tip_ray.contract.errors import ReplicaError, RunFailedError
+from tip_ray.contract.errors import ObjectsLostError, ReplicaError, RunFailedError, TipRayError
 from tip_ray.runtime.replica import CreateActor, Replica, classify, kill
 from tip_ray.runtime.tasks import together, value_of
 from tip_ray.runtime.weights import WeightVersion
 
 FAILURES = (RayError, TimeoutError)
+START_S = 60.0  # at least so long for a new process, which may import for long on a busy machine
 
 
 class OnEvent(Protocol):
@@ -71,6 +72,8 @@ class Pool:
         self._replicas: list[Replica] = []
         self._weights: WeightVersion | None = None
         self._changed = asyncio.Condition()
+        self._renewals: dict[int, asyncio.Task[None]] = {}  # by replica index
+        self._broken: TipRayError | None = None  # a replica could not be replaced
 
     def __len__(self) -> int:
         return self._size
@@ -97,6 +100,8 @@ class Pool:
 
         Raises:
             RunFailedError: `max_tries` replicas failed at it; or the actor's own TipRayError.
+            ObjectsLostError: some of `args` are gone.
+            ReplicaError: a replacement's weights are gone, and must be published again.
         """
         for attempt in range(1, self._max_tries + 1):
             async with self._lease() as replica:
@@ -139,12 +144,18 @@ class Pool:
             await self._after_failure(replica, failure, method, attempt)
 
     async def adopt(self, weights: WeightVersion) -> None:
-        """Load `weights` into every replica, each as soon as it holds no other work."""
+        """Load `weights` into every replica, each as soon as it holds no other work.
+
+        Raises:
+            ObjectsLostError: they are gone, and must be published again.
+        """
         self._weights = weights
         await together(*(self._adopt_one(index, weights) for index in range(self._size)))
 
     def close(self) -> None:
         """End all replicas; the pool is not used afterwards."""
+        for renewal in self._renewals.values():
+            renewal.cancel()
         for replica in self._replicas:
             kill(replica.actor)
         self._replicas = []
@@ -173,7 +184,7 @@ class Pool:
             return
         ref = replica.actor.load_weights.remote(weights.version, *weights.group_refs)
         await asyncio.wait_for(value_of(ref), self._timeout_s)
-        replica.weight_version = weights.version
+        replica.weight_version, replica.weightless = weights.version, False
 
     @asynccontextmanager
     async def _lease(
@@ -181,7 +192,11 @@ class Pool:
     ) -> AsyncIterator[Replica]:
         """A replica with room (an empty one for `exclusive`); waits until there is one."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._pick(index, exclusive) is not None)
+            await self._changed.wait_for(
+                lambda: self._broken is not None or self._pick(index, exclusive) is not None
+            )
+            if self._broken is not None:
+                raise self._broken
             replica = self._pick(index, exclusive)
             assert replica is not None
             replica.in_flight += 1
@@ -200,6 +215,7 @@ class Pool:
             for replica in self._replicas
             if not replica.lost
             and not replica.exclusive
+            and (exclusive or not replica.weightless)
             and replica.in_flight < limit
             and index in (None, replica.index)
         ]
@@ -224,32 +240,58 @@ class Pool:
         await self._replace(replica, failure)
 
     async def _replace(self, old: Replica, failure: ReplicaError) -> None:
-        """Put a new incarnation in the place of `old`, unless somebody has done so already."""
-        if self._replicas[old.index] is not old or old.lost:
+        """Wait until a new incarnation is in the place of `old`.
+
+        Whoever waits may be cancelled; the replacement goes on, since others need it.
+        """
+        if self._replicas[old.index] is not old:
             return
-        old.lost = True
+        if not old.lost:
+            old.lost = True
+            renewal = asyncio.create_task(self._renew(old, failure))
+            renewal.add_done_callback(lambda task: task.cancelled() or task.exception())
+            self._renewals[old.index] = renewal
+        await asyncio.shield(self._renewals[old.index])
+        if self._replicas[old.index].weightless:
+            raise ReplicaError(f"{self.name}[{old.index}]: the weights it needs are gone")
+
+    async def _renew(self, old: Replica, failure: ReplicaError) -> None:
         began = time.monotonic()
         facts = {"pool": self.name, "replica": old.index}
         self._on_event("replica_lost", **facts, epoch=old.epoch, reason=str(failure))
         kill(old.actor)
         new = Replica(old.index, old.epoch + 1, self._create(old.index))
-        await self._bring_up(new)
+        try:
+            await self._bring_up(new)
+        except BaseException as error:
+            kill(new.actor)
+            self._broken = error if isinstance(error, TipRayError) else None
+            await self._notify()
+            raise
         self._replicas[old.index] = new
         seconds = time.monotonic() - began
         self._on_event("replica_recovered", **facts, epoch=new.epoch, seconds=seconds)
         await self._notify()
 
     async def _bring_up(self, replica: Replica) -> None:
-        """Wait until a new actor answers and holds the newest weights; retry its creation."""
+        """Wait until a new actor answers and holds the newest weights; retry its creation.
+
+        Where the weights are gone it is left without any.
+        """
         for attempt in range(1, self._max_tries + 1):
             try:
                 answer = value_of(replica.actor.node_id.remote())
-                replica.node_id = await asyncio.wait_for(answer, self._timeout_s)
+                limit_s = max(self._timeout_s, START_S)
+                replica.node_id = await asyncio.wait_for(answer, limit_s)
                 if self._weights is not None:
                     await self._load(replica, self._weights)
                 return
             except FAILURES as error:
-                failure = self._retriable(error, replica)
+                try:
+                    failure = self._retriable(error, replica)
+                except ObjectsLostError:
+                    replica.weightless = True
+                    return
                 if attempt == self._max_tries:
                     raise RunFailedError(f"cannot start {failure}") from error
                 kill(replica.actor)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
-from tip_ray.contract.errors import ReplicaError, TipRayError
+from tip_ray.contract.errors import ObjectsLostError, ReplicaError, TipRayError
 
 
 @dataclass
@@ -24,6 +24,7 @@ class Replica:
     in_flight: int = 0
     exclusive: bool = False
     lost: bool = field(default=False)  # being replaced: no new work
+    weightless: bool = field(default=False)  # its weights are gone: nothing but newer ones
 
 
 class Located:
@@ -47,11 +48,16 @@ CreateActor = Callable[[int], Any]  # replica index -> ray.actor.ActorHandle
 
 
 def classify(error: BaseException, who: str) -> TipRayError:
-    """A Ray error as ours: ReplicaError where another try may help, else the actor's own error."""
+    """A Ray error as ours: ReplicaError where another try may help, ObjectsLostError where only
+    making the arguments again does, else the actor's own error."""
     if isinstance(error, TimeoutError):
         return ReplicaError(f"{who}: no answer in time")
+    if isinstance(error, ObjectLostError):
+        return ObjectsLostError(f"{who}: {type(error).__name__}: {_first_line(error)}")
     if isinstance(error, RayTaskError):
         cause = error.cause
+        if isinstance(cause, ObjectLostError):
+            return ObjectsLostError(f"{who}: {type(cause).__name__}: {_first_line(cause)}")
         if isinstance(cause, TipRayError) and not isinstance(cause, ReplicaError):
             return cause
         return ReplicaError(f"{who}: {type(cause).__name__}: {_first_line(cause)}")

@@ -30,7 +30,7 @@ from tip_ray.contract.errors import ReplicaError, TableError
 from tip_ray.contract.headers import LearnerReport
 from tip_ray.contract.seeds import derive_seed
 from tip_ray.contract.spec import LearnerSpec, LossSpec, StudentSpec
-from tip_ray.contract.tables import concat, newest_attempts, selected_schema
+from tip_ray.contract.tables import concat, newest_attempts, selected_schema, tried
 from tip_ray.runtime.weights import WeightGroup
 from tip_ray.stages import fsdp, rendezvous, state
 from tip_ray.stages.export import write_export
@@ -155,7 +155,8 @@ class LearnerActor:
         started = time.perf_counter()
         group = self._joined()
         torch.manual_seed(derive_seed(self._seed, "learner", step, self._rank))  # dropout
-        batches = self._micro_batches(step, selected)
+        table = self._own_rows(step, selected)
+        batches = list(micro_batches(table, self._learner.micro_batch_tokens))
         count = fsdp.max_over_ranks(len(batches), group.device)
         sums = self._accumulate(batches, count)
         loss, norm, skipped = self._update(step, sums.loss)
@@ -172,16 +173,18 @@ class LearnerActor:
             peak_bytes=_peak_bytes(group.device),
             busy_s=time.perf_counter() - started,
             micro_batches=len(batches),
+            trained=tried(table),
         )
         self._step = step
         return self._reports[step]
 
-    def _micro_batches(self, step: int, selected: Sequence[pa.Table]) -> list[MicroBatch]:
+    def _own_rows(self, step: int, selected: Sequence[pa.Table]) -> pa.Table:
+        """One row a rollout, however often it was sent."""
         table = newest_attempts(concat(selected, selected_schema(self._k_width)))
         foreign = set(table.column("step").to_pylist()) - {step}
         if foreign:
             raise TableError(f"column 'step': rows of step {min(foreign)}, expected step {step}")
-        return list(micro_batches(table, self._learner.micro_batch_tokens))
+        return table
 
     def _accumulate(self, batches: Sequence[MicroBatch], count: int) -> _Sums:
         """Forward and backward of `count` micro-batches: ranks must make the same collectives.

@@ -189,6 +189,7 @@ class SelectorActor:
             frozen_thresholds=frozen,
             keep_bytes=tables.nbytes(keep),
             busy_s=time.perf_counter() - began,
+            nothing_kept=tables.tried(keep.take(np.flatnonzero(tables.column(keep, "rank") < 0))),
         )
 
 
