@@ -8,56 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.compute.dense_reference import soft_or_keep, top_of_rows
+from tests.compute.selection_made import big_step, nats, spec, steps, unit
+from tip_ray.compute.rules import RULES, normalise_step, quantile_lower, soft_or_score
 from tip_ray.compute.selection import (
-    RULES,
     balance_rows,
     loss_weights,
-    normalise_step,
     normalised_entropy,
     quadrant_thresholds,
     quadrants,
-    quantile_lower,
     select,
     select_weighted,
-    soft_or_score,
 )
 from tip_ray.contract.errors import DataError, SpecError
-from tip_ray.contract.spec import SelectionSpec
-
-unit = st.floats(0, 1)
-nats = st.floats(0, 50)
-
-
-def spec(rule="soft_or", retention=0.5, **more):
-    if rule == "all":
-        return SelectionSpec(rule=rule, **more)
-    return SelectionSpec(rule=rule, retention=retention, **more)
-
-
-@st.composite
-def steps(draw, entropies=unit, divergences=nats):
-    """(entropy, reverse_kl, forward_kl, row_offsets) of a small step, empty rows included."""
-    lengths = draw(st.lists(st.integers(0, 12), min_size=0, max_size=6))
-    n = sum(lengths)
-    columns = [
-        np.array(draw(st.lists(kind, min_size=n, max_size=n)), np.float64)
-        for kind in (entropies, divergences, divergences)
-    ]
-    return (*columns, np.cumsum([0, *lengths]))
-
-
-def big_step(seed=0, rows=40):
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(0, 60, rows)
-    n = int(lengths.sum())
-    h, d, f = rng.random(n), rng.exponential(size=n), rng.exponential(size=n)
-    return (
-        h.astype(np.float32),
-        d.astype(np.float32),
-        f.astype(np.float32),
-        np.cumsum([0, *lengths]),
-    )
-
 
 # --- how many
 
@@ -85,7 +47,7 @@ def test_counts_survive_floating_point():
         assert select(spec("entropy", retention), zeros, zeros, zeros, [0, m]).sum() == k
 
 
-@pytest.mark.parametrize("rule", ["entropy", "soft_or", "random"])
+@pytest.mark.parametrize("rule", sorted(RULES))
 @pytest.mark.parametrize("scope", ["rollout", "batch"])
 def test_full_retention_is_the_rule_all(rule, scope):
     step = big_step()
@@ -191,18 +153,21 @@ def test_without_a_divergence_soft_or_ranks_by_the_clipped_entropy(step, retenti
     assert np.array_equal(select(spec("soft_or", retention), *step), expected)
 
 
-def test_permuting_the_divergence_moves_soft_or_but_not_entropy():
+def test_permuting_the_divergence_moves_only_rules_that_read_it():
     h, d, f, offsets = big_step(1)
     order = np.random.default_rng(2).permutation(len(d))
-    for rule, same in (("entropy", True), ("soft_or", False)):
+    blind = {"all", "entropy", "entropy_sample", "random", "prefix"}
+    for rule in RULES:
         before = select(spec(rule), h, d, f, offsets)
         after = select(spec(rule), h, d[order], f[order], offsets)
-        assert np.array_equal(before, after) is same
+        assert np.array_equal(before, after) is (rule in blind), rule
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 99), st.floats(0.0, 1e6))
-def test_raising_entropies_above_their_clip_changes_nothing(seed, raised_by):
+@given(
+    st.integers(0, 99), st.floats(0.0, 1e6), st.sampled_from(["soft_or", "soft_or_bottom", "q3"])
+)
+def test_raising_entropies_above_their_clip_changes_nothing(seed, raised_by, rule):
     h, d, f, offsets = big_step(seed, rows=6)
     h = h.astype(np.float64)
     if not len(h):
@@ -210,7 +175,7 @@ def test_raising_entropies_above_their_clip_changes_nothing(seed, raised_by):
     above = h > quantile_lower(h, 0.98)
     raised = np.where(above, h + raised_by, h)
     assert np.array_equal(
-        select(spec("soft_or"), h, d, f, offsets), select(spec("soft_or"), raised, d, f, offsets)
+        select(spec(rule), h, d, f, offsets), select(spec(rule), raised, d, f, offsets)
     )
 
 
@@ -272,15 +237,6 @@ def test_values_that_are_not_finite_are_named(bad, index, name):
     columns[index][6] = bad
     with pytest.raises(DataError, match=rf"{name}.*token 6 \(row 2, position 1\)"):
         select(spec("soft_or"), *columns, [0, 5, 5, 9])
-
-
-def test_rules_that_are_not_there_are_refused():
-    one = np.zeros(1)
-    for rule in ("q3", "prefix", "entropy_sample", "mine.rules:best"):
-        with pytest.raises(SpecError, match="not available yet"):
-            select(spec(rule), one, one, one, [0, 1])
-    with pytest.raises(SpecError, match="reweight"):
-        select_weighted(spec("random", reweight="inclusion"), one, one, one, [0, 1])
 
 
 @pytest.mark.parametrize("offsets", [[], [1, 3], [0, 2, 1, 3], [0, 2], [0, 4], [[0, 3]]])

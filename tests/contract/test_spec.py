@@ -164,6 +164,7 @@ def test_required_fields_are_required(path: str) -> None:
         ("selection.retention", 0, "greater than 0"),
         ("selection.retention", 1.1, "less than or equal to 1"),
         ("selection.rule", "softor", "one of all, entropy"),
+        ("selection.rule", "rules.py:best rule", "package.module:function"),
         ("selection.quadrant_quantiles", [0.5], "quadrant_quantiles"),
         ("loss.kind", "kl", "'reverse_kl'"),
         ("loss.tail_floor_nats", 0.0, "less than 0"),
@@ -202,10 +203,6 @@ def test_an_unknown_key_is_named_before_what_it_leaves_missing() -> None:
     ("path", "value"),
     [
         ("teacher.targets", "hidden"),
-        ("selection.rule", "q3"),
-        ("selection.rule", "package.module:function"),
-        ("selection.scope", "batch"),
-        ("selection.reweight", "inclusion"),
         ("loss.kind", "jsd"),
         ("loss.reward_weight", 1.0),
         ("loss.sample_weight", "pass_rate"),
@@ -265,6 +262,18 @@ def test_rule_all_takes_no_retention() -> None:
     assert parse_spec({**REQUIRED, "selection": {"rule": "all"}}).selection.retention == 1.0
     error = refusal({**REQUIRED, "selection": {"rule": "all", "retention": 0.5}})
     assert "no retention with rule all" in str(error)
+
+
+def test_inclusion_needs_a_rule_that_draws() -> None:
+    for rule in ("entropy_sample", "random"):
+        selection = {"rule": rule, "reweight": "inclusion"}
+        assert parse_spec({**REQUIRED, "selection": selection}).selection.keep_at_least == 0
+        selection["keep_at_least"] = 1
+        assert "keep_at_least 0" in str(refusal({**REQUIRED, "selection": selection}))
+    for rule in ("all", "soft_or", "q3", "package.module:function"):
+        error = refusal({**REQUIRED, "selection": {"rule": rule, "reweight": "inclusion"}})
+        assert error.field == "selection.reweight"
+        assert "entropy_sample | random" in str(error)
 
 
 def test_a_spec_is_frozen() -> None:

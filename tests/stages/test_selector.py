@@ -9,10 +9,11 @@ import pyarrow as pa
 import pytest
 
 from tests.tables_made import MadeStep, made_step, row_tokens
+from tip_ray.compute.columns import Columns
 from tip_ray.contract import tables
-from tip_ray.contract.errors import TableError
+from tip_ray.contract.errors import SpecError, TableError
 from tip_ray.contract.headers import QuadrantThresholds
-from tip_ray.contract.spec import LossSpec, SelectionSpec
+from tip_ray.contract.spec import BUILTIN_RULES, LossSpec, SelectionSpec
 from tip_ray.stages.cut import cut
 from tip_ray.stages.selector import SelectorActor
 
@@ -26,8 +27,9 @@ def selector(
     samples: int = 2,
     normalize: str = "token",
     retention: float = 0.5,
+    **more: object,
 ) -> SelectorActor:
-    options = {} if rule == "all" else {"retention": retention}
+    options = more if rule == "all" else {"retention": retention, **more}
     return SelectorActor(
         SelectionSpec(rule=rule, **options),
         LossSpec(normalize=normalize),
@@ -81,7 +83,7 @@ def test_soft_or_keeps_what_the_formulas_say(made: MadeStep) -> None:
     assert header.loss_tokens == int(tables.column(made.scores, "loss_mask").sum())
 
 
-@pytest.mark.parametrize("rule", ["all", "random", "entropy", "soft_or"])
+@pytest.mark.parametrize("rule", BUILTIN_RULES)
 def test_order_and_sharding_of_scores_change_nothing(made: MadeStep, rule: str) -> None:
     shuffled = made.scores.take(np.random.default_rng(1).permutation(made.scores.num_rows))
     parts = [shuffled.slice(0, 5), shuffled.slice(5)]
@@ -100,6 +102,51 @@ def test_masked_tokens_are_never_kept_and_have_no_quadrant(made: MadeStep) -> No
     ):
         assert kept == [position for position, one in enumerate(mask) if one]
         assert [q > 0 for q in quadrant] == [bool(one) for one in mask]
+
+
+def teachers_doubt(columns: Columns) -> np.ndarray:
+    assert columns.teacher_entropy_N is not None
+    return columns.teacher_entropy_N
+
+
+def test_a_users_rule_reads_the_columns_of_scores(made: MadeStep) -> None:
+    rule = f"{__name__}:teachers_doubt"
+    _, keep = selector(rule).select(row_tokens(made.rollouts), None, made.scores)
+    for kept, row in zip(keep.column("kept").to_pylist(), made.scores.to_pylist(), strict=True):
+        loss = [position for position, mask in enumerate(row["loss_mask"]) if mask]
+        count = max(len(loss) // 2, min(1, len(loss)))
+        loss.sort(key=lambda position: (-row["teacher_entropy"][position], position))
+        assert kept == sorted(loss[:count])
+
+
+def test_a_users_rule_that_is_not_there_is_refused_at_once() -> None:
+    with pytest.raises(SpecError, match=r"selection\.rule"):
+        selector("no_such_package.rules:best")
+
+
+def test_prefix_needs_inputs_up_to_its_last_token_only(made: MadeStep) -> None:
+    asked = row_tokens(made.rollouts)
+    _, keep = selector("prefix").select(asked, None, made.scores)
+    _, _, selected = cut(1, keep, made.scores, made.targets, made.rollouts)
+    rollout = dict(zip(tables.keys(made.rollouts), made.rollouts.to_pylist(), strict=True))
+    mask = dict(zip(tables.keys(made.scores), made.scores.to_pylist(), strict=True))
+    for key, row in zip(tables.keys(selected), selected.to_pylist(), strict=True):
+        loss = [place for place, one in enumerate(mask[key]["loss_mask"]) if one]
+        last = loss[max(len(loss) // 2, 1) - 1]
+        assert len(row["input_ids"]) == len(rollout[key]["prompt_ids"]) + last
+
+
+@pytest.mark.parametrize("normalize", ["token", "rollout"])
+def test_inverse_inclusion_weights_divide_by_all_loss_tokens(
+    made: MadeStep, normalize: str
+) -> None:
+    chosen = selector("random", retention=0.25, normalize=normalize, reweight="inclusion")
+    _, keep = chosen.select(row_tokens(made.rollouts), None, made.scores)
+    loss = [sum(mask) for mask in made.scores.column("loss_mask").to_pylist()]
+    rows = sum(count > 0 for count in loss)
+    for count, row in zip(loss, keep.column("weight").to_pylist(), strict=True):
+        divisor = sum(loss) if normalize == "token" else count * rows
+        assert row == pytest.approx([4 / max(divisor, 1)] * len(row))
 
 
 @pytest.mark.parametrize("normalize", ["token", "rollout"])

@@ -2,52 +2,26 @@
 
 N  loss tokens of the step, rollout by rollout        R  rollouts, rows [offset[i], offset[i + 1])
 
-A rule is a function from the step's columns to one score a token; the best `retention` of each
-rollout (or of the step) are kept. Prompt, tool and pad tokens are never among the N. Rules and
-normalisation follow TIP (arXiv 2604.14084); all arithmetic is in float64.
+A rule (`rules.py`) gives each token one score; the best `retention` of each rollout (or of the
+step) are kept. Prompt, tool and pad tokens are never among the N.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from tip_ray.contract.errors import DataError, SpecError
+from tip_ray.compute.columns import Bools, Columns, Floats, Ints, RowKey, check_columns
+from tip_ray.compute.rules import find_rule, quantile_lower
+from tip_ray.compute.sampling import inclusion_probabilities, uniform_draws
+from tip_ray.contract.errors import SpecError
 from tip_ray.contract.headers import QuadrantThresholds
-from tip_ray.contract.seeds import derive_seed
-from tip_ray.contract.spec import BUILTIN_RULES, SelectionSpec
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
-RowKey = Sequence[int | str]
-
-CLIP_QUANTILE = 0.98  # of TIP: entropies above it say no more
-
-
-@dataclass(frozen=True)
-class Columns:
-    """What a rule may look at."""
-
-    entropy_N: Floats  # normalised to [0, 1]
-    reverse_kl_N: Floats  # nats
-    forward_kl_N: Floats  # nats
-    row_offsets: Ints  # [R + 1]
-    seed: int
-    row_keys: Sequence[RowKey] | None
-
-    @property
-    def row_lengths(self) -> Ints:
-        return np.asarray(np.diff(self.row_offsets))
-
-    def key(self, row: int) -> RowKey:
-        return (row,) if self.row_keys is None else self.row_keys[row]
+from tip_ray.contract.spec import SelectionSpec
 
 
 def select(
@@ -59,24 +33,30 @@ def select(
     seed: int = 0,
     *,
     row_keys: Sequence[RowKey] | None = None,
+    teacher_entropy_N: npt.ArrayLike | None = None,
 ) -> Bools:
     """bool [N]: the tokens that `spec` keeps.
 
     `entropy_N` is normalised to [0, 1], divergences are in nats, `row_offsets` is [R + 1]. Each
     rollout of m tokens keeps floor(retention m), at least `keep_at_least`; ties go to the earlier
     token. With `row_keys` [R], draws are seeded by key and not by place, so that the order and
-    the sharding of the rollouts change nothing.
+    the sharding of the rollouts change nothing. `teacher_entropy_N` (nats) is for rules of the
+    user's own. With `reweight: inclusion` counts hold in expectation only.
 
     Raises:
         SpecError: the rule is not available, or the arrays do not fit together.
         DataError: a value is NaN or infinite; names the first.
     """
-    rule = _rule(spec.rule)
-    columns = _columns(entropy_N, reverse_kl_N, forward_kl_N, row_offsets, seed, row_keys)
-    score_N = rule(spec, columns)
-    if spec.scope == "rollout":
-        return _best_of_rows(score_N, columns.row_offsets, _counts(spec, columns.row_lengths))
-    return _best_of_step(spec, score_N, columns)
+    return select_weighted(
+        spec,
+        entropy_N,
+        reverse_kl_N,
+        forward_kl_N,
+        row_offsets,
+        seed,
+        row_keys=row_keys,
+        teacher_entropy_N=teacher_entropy_N,
+    )[0]
 
 
 def select_weighted(
@@ -88,116 +68,38 @@ def select_weighted(
     seed: int = 0,
     *,
     row_keys: Sequence[RowKey] | None = None,
+    teacher_entropy_N: npt.ArrayLike | None = None,
 ) -> tuple[Bools, npt.NDArray[np.float32]]:
     """(keep_N, weight_N): as `select`, with each token's weight before normalisation; 0: dropped.
 
+    `reweight: inclusion` keeps each token by a draw of its own and weighs it by the inverse of
+    its inclusion probability: (1/N) sum weight g is then unbiased for the mean of all g.
+
     Raises:
-        SpecError: as `select`; also `reweight: inclusion`, which is not available yet.
+        SpecError: as `select`.
         DataError: as `select`.
     """
-    if spec.reweight != "none":
-        raise SpecError("selection.reweight", spec.reweight, "none (not available yet)")
-    keep_N = select(
-        spec, entropy_N, reverse_kl_N, forward_kl_N, row_offsets, seed, row_keys=row_keys
+    rule = find_rule(spec.rule)
+    columns = check_columns(
+        entropy_N, reverse_kl_N, forward_kl_N, row_offsets, seed, row_keys, teacher_entropy_N
     )
+    if spec.reweight == "inclusion":
+        inclusion_N = inclusion_probabilities(spec, columns)
+        keep_N = uniform_draws(columns) < inclusion_N
+        return keep_N, np.where(keep_N, 1.0 / inclusion_N, 0.0).astype(np.float32)
+    score_N = rule(spec, columns)
+    if spec.scope == "rollout":
+        counts_R = _counts(spec, columns.row_lengths)
+        keep_N = _best_of_rows(score_N, columns.row_offsets, counts_R)
+    else:
+        keep_N = _best_of_step(spec, score_N, columns)
     return keep_N, keep_N.astype(np.float32)
-
-
-# The rules: higher scores are kept first.
-
-
-def _all(_: SelectionSpec, columns: Columns) -> Floats:
-    return np.zeros(len(columns.entropy_N))
-
-
-def _entropy(_: SelectionSpec, columns: Columns) -> Floats:
-    return columns.entropy_N
-
-
-def _soft_or(spec: SelectionSpec, columns: Columns) -> Floats:
-    hhat_N, dhat_N = normalise_step(
-        columns.entropy_N, columns.reverse_kl_N, clip_divergence=spec.clip_divergence
-    )
-    return soft_or_score(hhat_N, dhat_N)
-
-
-def _random(_: SelectionSpec, columns: Columns) -> Floats:
-    draws = [
-        np.random.Generator(np.random.PCG64(derive_seed(columns.seed, *columns.key(row)))).random(m)
-        for row, m in enumerate(columns.row_lengths.tolist())
-    ]
-    return np.concatenate(draws) if draws else np.zeros(0)
-
-
-Rule = Callable[[SelectionSpec, Columns], Floats]
-RULES: dict[str, Rule] = {
-    "all": _all,
-    "entropy": _entropy,
-    "soft_or": _soft_or,
-    "random": _random,
-}
-
-
-def _rule(name: str) -> Rule:
-    if name in RULES:
-        return RULES[name]
-    known = name in BUILTIN_RULES or ":" in name
-    expected = " | ".join(RULES) + (" (not available yet)" if known else "")
-    raise SpecError("selection.rule", repr(name), expected, "use one of them")
-
-
-# Scores
 
 
 def normalised_entropy(entropy_nats_N: npt.ArrayLike, vocab_size: int) -> Floats:
     """h = H / ln V in [0, 1]; rounding is clamped. 0 for a vocabulary of one id."""
     largest_nats = max(math.log(vocab_size), float(np.finfo(np.float64).tiny))
     return np.clip(np.asarray(entropy_nats_N, np.float64) / largest_nats, 0.0, 1.0)
-
-
-def quantile_lower(values: npt.ArrayLike, q: float) -> float:
-    """The order statistic sorted[floor(q (n - 1))]: one of the values, exact under sharding.
-
-    Raises:
-        DataError: there are no values.
-    """
-    values_N = np.asarray(values, np.float64)
-    if not len(values_N):
-        raise DataError("quantile: no values, expected at least one")
-    place = math.floor(q * (len(values_N) - 1))
-    return float(np.partition(values_N, place)[place])
-
-
-def normalise_step(
-    entropy_N: Floats, divergence_N: Floats, *, clip_divergence: bool = False
-) -> tuple[Floats, Floats]:
-    """(hhat_N, dhat_N) in [0, 1]: both min-max over the step, entropy clipped at its 0.98 quantile.
-
-    An axis that is constant over the step normalises to 0.
-    """
-    if not len(entropy_N):
-        return np.zeros(0), np.zeros(0)
-    hhat_N = _min_max(np.minimum(entropy_N, quantile_lower(entropy_N, CLIP_QUANTILE)))
-    if clip_divergence:
-        divergence_N = np.minimum(divergence_N, quantile_lower(divergence_N, CLIP_QUANTILE))
-    return hhat_N, _min_max(divergence_N)
-
-
-def soft_or_score(hhat_N: npt.ArrayLike, dhat_N: npt.ArrayLike) -> Floats:
-    """1 - (1 - hhat)(1 - dhat), as a + b (1 - a) with a >= b.
-
-    In this form rounding keeps it in [0, 1], symmetric, exactly `a` where b = 0 and 1 where a = 1.
-    """
-    h_N, d_N = np.asarray(hhat_N, np.float64), np.asarray(dhat_N, np.float64)
-    larger_N, smaller_N = np.maximum(h_N, d_N), np.minimum(h_N, d_N)
-    return np.asarray(larger_N + smaller_N * (1.0 - larger_N))
-
-
-def _min_max(values_N: Floats) -> Floats:
-    low, high = values_N.min(), values_N.max()
-    if low == high:
-        return np.zeros(len(values_N))
-    return np.asarray((values_N - low) / (high - low))
 
 
 # Quadrants
@@ -238,20 +140,25 @@ def loss_weights(
     weight_N: npt.ArrayLike,
     row_offsets: npt.ArrayLike,
     normalize: Literal["token", "rollout"],
+    *,
+    divide_by: Literal["kept", "all"] = "kept",
 ) -> npt.NDArray[np.float32]:
     """float32 [N] coefficients with which the step's loss is a plain sum over kept tokens.
 
     token: weight / kept tokens of the step. rollout (TIP, Eq. 9): weight / (kept tokens of its
     rollout x rollouts with kept tokens). The divisor counts tokens, whatever they weigh; 0 where
-    dropped.
+    dropped. `divide_by` all, for inverse inclusion weights, counts all loss tokens instead, and
+    rollouts that have any.
     """
     keep_N, weight_N = np.asarray(keep_N, bool), np.asarray(weight_N, np.float64)
+    counted_N = keep_N if divide_by == "kept" else np.ones(len(keep_N), bool)
     if normalize == "token":
-        divisor_N = np.full(len(keep_N), max(int(keep_N.sum()), 1))
+        divisor_N = np.full(len(keep_N), max(int(counted_N.sum()), 1))
     else:
         offsets = np.asarray(row_offsets, np.int64)
-        kept_R = np.diff(np.concatenate([[0], np.cumsum(keep_N)])[offsets])
-        divisor_N = np.repeat(np.maximum(kept_R, 1) * (kept_R > 0).sum(), np.diff(offsets))
+        counted_R = np.diff(np.concatenate([[0], np.cumsum(counted_N)])[offsets])
+        rows = (counted_R > 0).sum()
+        divisor_N = np.repeat(np.maximum(counted_R, 1) * rows, np.diff(offsets))
     return np.where(keep_N, weight_N / np.maximum(divisor_N, 1), 0.0).astype(np.float32)
 
 
@@ -309,31 +216,3 @@ def _best_of_step(spec: SelectionSpec, score_N: Floats, columns: Columns) -> Boo
     keep_N[order_N[: math.floor(spec.retention * len(score_N) + 1e-9)]] = True
     at_least_R = np.minimum(lengths_R, spec.keep_at_least)
     return keep_N | _best_of_rows(score_N, offsets, at_least_R)
-
-
-def _columns(
-    entropy_N: npt.ArrayLike,
-    reverse_kl_N: npt.ArrayLike,
-    forward_kl_N: npt.ArrayLike,
-    row_offsets: npt.ArrayLike,
-    seed: int,
-    row_keys: Sequence[RowKey] | None,
-) -> Columns:
-    named = {"entropy": entropy_N, "reverse_kl": reverse_kl_N, "forward_kl": forward_kl_N}
-    arrays = {name: np.asarray(values, np.float64) for name, values in named.items()}
-    offsets = np.asarray(row_offsets, np.int64)
-    if offsets.ndim != 1 or not len(offsets) or offsets[0] or (np.diff(offsets) < 0).any():
-        raise SpecError("row_offsets", f"{offsets.tolist()[:8]}", "0 first, then never descending")
-    for name, values_N in arrays.items():
-        if values_N.shape != (offsets[-1],):
-            raise SpecError(name, f"shape {values_N.shape}", f"({offsets[-1]},) by row_offsets")
-        if not np.isfinite(values_N).all():
-            place = int(np.argmin(np.isfinite(values_N)))
-            row = int(np.searchsorted(offsets, place, side="right")) - 1
-            where = f"token {place} (row {row}, position {place - offsets[row]})"
-            raise DataError(f"{name}: found {values_N[place]} at {where}, expected a finite number")
-    if row_keys is not None and len(row_keys) != len(offsets) - 1:
-        raise SpecError("row_keys", f"{len(row_keys)} keys", f"{len(offsets) - 1}, one a row")
-    return Columns(
-        arrays["entropy"], arrays["reverse_kl"], arrays["forward_kl"], offsets, seed, row_keys
-    )

@@ -8,10 +8,19 @@ default (`NOT_YET`), so that a spec never silently means less than it says.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from tip_ray.contract.errors import SpecError
@@ -22,7 +31,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["bfloat16", "float16", "float32"]
-UserFunction = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+USER_FUNCTION = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 Resources = dict[str, PositiveFloat]
 
 
@@ -140,6 +149,9 @@ BUILTIN_RULES = (
 )
 
 
+SAMPLING_RULES = ("entropy_sample", "random")
+
+
 class SelectionSpec(_Section):
     rule: str = "soft_or"
     """Which tokens are kept; a name or package.module:function."""
@@ -148,18 +160,18 @@ class SelectionSpec(_Section):
     scope: Literal["rollout", "batch"] = "rollout"
     """Where the top is taken: in each rollout, or in the whole step."""
     keep_at_least: NonNegativeInt = 1
-    """Tokens kept in each rollout that has any."""
+    """Tokens kept in each rollout that has any; 0 with reweight inclusion."""
     clip_divergence: bool = False
     """Clip the divergence at its 0.98 quantile before it is normalised."""
     reweight: Literal["none", "inclusion"] = "none"
-    """Weight sampled tokens by their inverse inclusion probability."""
+    """Weight sampled tokens by their inverse inclusion probability: an unbiased mean over all."""
     quadrant_quantiles: tuple[Fraction, Fraction] = (0.5, 0.9)
     """Quantiles of entropy and divergence above which a token is high."""
 
     @field_validator("rule")
     @classmethod
     def _known_rule(cls, rule: str) -> str:
-        if rule not in BUILTIN_RULES and ":" not in rule:
+        if rule not in BUILTIN_RULES and not re.fullmatch(USER_FUNCTION, rule):
             raise ValueError(f"one of {', '.join(BUILTIN_RULES)} or package.module:function")
         return rule
 
@@ -171,6 +183,23 @@ class SelectionSpec(_Section):
                 raise ValueError("no retention with rule all; remove it, or choose another rule")
             return {**raw, "retention": 1.0}
         return raw
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inclusion_keeps_by_draws(cls, raw: Any) -> Any:
+        if isinstance(raw, Mapping) and raw.get("reweight") == "inclusion":
+            return {"keep_at_least": 0, **raw}
+        return raw
+
+    @field_validator("reweight")
+    @classmethod
+    def _inclusion_fits(cls, reweight: str, info: ValidationInfo) -> str:
+        if reweight == "inclusion":
+            if info.data.get("rule", "random") not in SAMPLING_RULES:
+                raise ValueError(f"none, or rule {' | '.join(SAMPLING_RULES)}: others draw nothing")
+            if info.data.get("keep_at_least"):
+                raise ValueError("none, or keep_at_least 0: its counts hold in expectation only")
+        return reweight
 
 
 class LossSpec(_Section):
@@ -319,9 +348,6 @@ class RunSpec(_Section):
 # Values whose feature has not landed: field -> (values that work, what to do).
 NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     "teacher.targets": (("topk",), "use topk"),
-    "selection.rule": (("all", "random", "entropy", "soft_or"), "use one of them"),
-    "selection.scope": (("rollout",), "use rollout"),
-    "selection.reweight": (("none",), "use none"),
     "loss.kind": (("reverse_kl",), "use reverse_kl"),
     "loss.reward_weight": ((0.0,), "leave it at 0"),
     "loss.sample_weight": (("none",), "use none"),

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from tip_ray.compute.rules import find_rule
 from tip_ray.contract.spec import EvaluationSpec, RunSpec
 from tip_ray.stages.models import load_tokenizer
 from tip_ray.stages.pair_checks import PairFacts, check_pair, describe_first_prompt
@@ -31,6 +32,7 @@ def preflight(spec: RunSpec) -> Preflight:
     Raises:
         UserError: one line with field, found, expected and cure.
     """
+    find_rule(spec.selection.rule)
     facts = check_pair(spec)
     tokenizer = load_tokenizer(facts.student_path, spec.student.trust_remote_code, "student.model")
     theirs = load_tokenizer(facts.teacher_path, spec.teacher.trust_remote_code, "teacher.model")

@@ -18,13 +18,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from tip_ray.compute.rules import find_rule, quantile_lower
 from tip_ray.compute.selection import (
     balance_rows,
     loss_weights,
     normalised_entropy,
     quadrant_thresholds,
     quadrants,
-    quantile_lower,
     select_weighted,
 )
 from tip_ray.contract import tables
@@ -58,6 +58,9 @@ class SelectorActor:
         vocab_size: of the shared vocabulary; entropy is normalised by its logarithm.
         ranks: learner ranks that rows are spread over.
         samples: rows a step that are marked to be shown.
+
+    Raises:
+        SpecError: the rule is the user's own and cannot be imported here.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class SelectorActor:
         samples: int,
         seed: int,
     ) -> None:
+        find_rule(selection.rule)
         self._selection, self._loss, self._seed = selection, loss, seed
         self._vocab_size, self._ranks, self._samples = vocab_size, ranks, samples
 
@@ -101,8 +105,15 @@ class SelectorActor:
             step.loss_offsets,
             seed=self._seed,
             row_keys=tables.keys(table),
+            teacher_entropy_N=step.teacher_entropy,
         )
-        coefficient_N = loss_weights(keep_N, weight_N, step.loss_offsets, self._loss.normalize)
+        coefficient_N = loss_weights(
+            keep_N,
+            weight_N,
+            step.loss_offsets,
+            self._loss.normalize,
+            divide_by="all" if self._selection.reweight == "inclusion" else "kept",
+        )
         quantiles = self._selection.quadrant_quantiles
         own = quadrant_thresholds(step.entropy, step.reverse_kl, quantiles)
         quadrant_N = quadrants(step.entropy, step.reverse_kl, own.entropy, own.divergence)
