@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from tip_ray.contract.errors import (
+    LeaseLostError,
     RunCancelledError,
     RunDirectoryError,
     RunFailedError,
     TipRayError,
 )
-from tip_ray.contract.run_state import RunState, RunStatus
+from tip_ray.contract.run_state import HEARTBEAT_S, RunState, RunStatus
 from tip_ray.contract.spec import RunSpec
 from tip_ray.control.crew import close_stages, make_stages, start_stages
 from tip_ray.control.journal import Journal
@@ -24,8 +26,8 @@ from tip_ray.control.placement import demand, total_cpus
 from tip_ray.control.preflight import Preflight, preflight
 from tip_ray.control.progress import Progress
 from tip_ray.control.run_directory import RunDirectory, check_run_id, new_run_id
-from tip_ray.control.train import train
 from tip_ray.control.signals import stopped_by_signals
+from tip_ray.control.train import train
 from tip_ray.runtime.cluster import connected, refuse_what_never_fits, release, reserve
 from tip_ray.runtime.tasks import beside
 
@@ -73,7 +75,9 @@ def run(
         checked.tokenizer,
         spec.evaluation[0].name if spec.evaluation else None,
     )
-    cluster = connected(ray_address, num_cpus=total_cpus(spec), namespace=run_id)
+    cluster = _entered_beating(
+        journal, connected(ray_address, num_cpus=total_cpus(spec), namespace=run_id)
+    )
     # The inner one writes the last word before the cluster goes, which may take seconds.
     with _logging_to(directory), _ends_well(journal), cluster, _ends_well(journal):
         asyncio.run(_drive(spec, checked, journal))
@@ -84,17 +88,21 @@ def run(
 
 async def _drive(spec: RunSpec, checked: Preflight, journal: Journal) -> None:
     """Place, start, run and export, on a connected cluster; nothing is left running."""
-    bundles = demand(spec)
     with stopped_by_signals():
         await journal.state(RunState.STARTING, waiting_for="room on the cluster")
-        refuse_what_never_fits(bundles)
-        groups = await reserve(bundles, timeout_s=spec.faults.placement_timeout_s)
-        stages = make_stages(spec, checked.facts, groups, journal.event)
-        try:
-            await beside(journal.heartbeat(), _start_and_train(spec, checked, journal, stages))
-        finally:
-            close_stages(stages)
-            release(groups)
+        await beside(journal.heartbeat(), _place_and_train(spec, checked, journal))
+
+
+async def _place_and_train(spec: RunSpec, checked: Preflight, journal: Journal) -> None:
+    bundles = demand(spec)
+    refuse_what_never_fits(bundles)
+    groups = await reserve(bundles, timeout_s=spec.faults.placement_timeout_s)
+    stages = make_stages(spec, checked.facts, groups, journal.event)
+    try:
+        await _start_and_train(spec, checked, journal, stages)
+    finally:
+        close_stages(stages)
+        release(groups)
 
 
 async def _start_and_train(
@@ -104,8 +112,30 @@ async def _start_and_train(
     await start_stages(stages)
     await journal.state(RunState.RUNNING)
     await train(spec, checked, journal, stages)
+    await asyncio.to_thread(journal.directory.check_lease)  # rank 0 writes, and does not ask
     url = f"{journal.directory.url}/export"
     await stages.learner.call_same("export", url, checked.facts.student_path)
+
+
+@contextmanager
+def _entered_beating(journal: Journal, context: AbstractContextManager[None]) -> Iterator[None]:
+    """`context`, with signs of life while it is entered: Ray's first start can take a minute, and
+    a second driver takes a run over whose heart stands still."""
+    entered = threading.Event()
+
+    def beat() -> None:
+        while not entered.wait(HEARTBEAT_S):
+            journal.beat()
+
+    with ExitStack() as stack:
+        heart = threading.Thread(target=beat, name="heartbeat")
+        heart.start()
+        try:
+            stack.enter_context(context)
+        finally:
+            entered.set()
+            heart.join()
+        yield
 
 
 @contextmanager
@@ -113,8 +143,12 @@ def _ends_well(journal: Journal) -> Iterator[None]:
     """Whatever ends the run, status.json says what and why."""
     try:
         yield
-    except RunDirectoryError:
-        raise  # there is nowhere to write that down
+    except LeaseLostError:
+        raise  # the other driver writes now
+    except RunDirectoryError as error:  # not the user's error any more: things were started
+        failure = RunFailedError(str(error))
+        journal.end(RunState.FAILED, str(failure))
+        raise failure from error
     except RunCancelledError as error:
         journal.end(RunState.CANCELLED, str(error), exit_code=error.exit_code)
         raise

@@ -144,7 +144,7 @@ class Journal:
 
     async def rewind(self, step: int) -> None:
         """Go back to the end of `step`: later metrics and samples are about to be made again."""
-        if step == self.status.step == 0:
+        if step == self.status.step == 0 and self.status.epoch == 1:
             return
         self._submit(self.directory.forget_after, step)
         counted = await self._run(partial(_counted, RunReader(self.directory.url)))
@@ -159,14 +159,20 @@ class Journal:
         """Say every few seconds that the driver lives; runs until it is cancelled."""
         while True:
             await asyncio.sleep(HEARTBEAT_S)
-            self._write_status()
+            self.beat()
             await self._settle()
 
-    def end(self, state: RunState, error: str | None = None, *, exit_code: int = 0) -> None:
+    def beat(self) -> None:
+        """One sign of life. Returns at once."""
+        self._write_status()
+
+    def end(
+        self, state: RunState, error: str | None = None, *, exit_code: int | None = None
+    ) -> None:
         """The last word, without a loop: waits until everything is on disk; said once only.
 
         Args:
-            exit_code: of this process.
+            exit_code: of this process; None leaves it to `state`.
 
         Raises:
             RunFailedError: a write failed.

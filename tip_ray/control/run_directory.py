@@ -124,6 +124,7 @@ class RunDirectory:
     def __init__(self, storage: Storage, run_id: str) -> None:
         self.storage, self.run_id = storage, run_id
         self._lock = threading.RLock()
+        self._lease = (0, "")  # epoch and driver: none, as for who only asks the run to stop
         self._events = 0
         self._log: list[bytes] = []
         self._log_bytes = 0
@@ -179,18 +180,30 @@ class RunDirectory:
     def write_status(self, status: RunStatus) -> None:
         """Replace status.json, and flush the log beside it.
 
+        From the first call on, every change of the directory needs the lease that `status` names.
+
         Raises:
             LeaseLostError: a driver of a later epoch has taken the run over.
         """
         with self._lock:
-            epoch, driver = self._lease_on_disk()
-            if epoch > status.epoch or (epoch == status.epoch and driver != status.driver):
-                raise LeaseLostError(
-                    f"{self.url}: taken over by another driver (epoch {epoch}, this one is of "
-                    f"{status.epoch}); let that one go on"
-                )
+            self._lease = (status.epoch, status.driver)
+            self.storage.before_change = self.check_lease
             self.storage.write(STATUS, status.model_dump_json(indent=1).encode())
             self.flush_log()
+
+    def check_lease(self) -> None:
+        """Raises LeaseLostError if another driver has taken the run over.
+
+        Between this look and the write that follows it a driver can still be stopped; a takeover
+        in such a moment is seen at the write after.
+        """
+        epoch, driver = self._lease_on_disk()
+        mine, me = self._lease
+        if epoch > mine or (epoch == mine and driver != me):
+            raise LeaseLostError(
+                f"{self.url}: taken over by another driver (epoch {epoch}, this one is of "
+                f"{mine}); let that one go on"
+            )
 
     def append_metrics(self, metrics: StepMetrics) -> None:
         """One row; it replaces what an earlier try of the same step wrote."""

@@ -6,7 +6,7 @@ import asyncio
 import time
 from dataclasses import dataclass
 
-from tip_ray.contract.errors import ObjectsLostError, ReplicaError, RunFailedError
+from tip_ray.contract.errors import ObjectsLostError, ReplicaError, RunFailedError, SpecError
 from tip_ray.contract.headers import QuadrantThresholds
 from tip_ray.contract.spec import RunSpec
 from tip_ray.control.checkpoint import Checkpoints, Manifest
@@ -77,17 +77,27 @@ async def _restore(
 ) -> _Start:
     """Bring learner, rollout replicas, prompts and run directory to one point of the history."""
     warnings: list[str] = []
+    await asyncio.to_thread(checkpoints.clear_unfinished)
     manifest = await asyncio.to_thread(checkpoints.newest, warnings.append)
     for line in warnings:
         journal.warn("checkpoint_skipped", line)
     start = first if manifest is None else _after(manifest)
     if manifest is not None:
-        await stages.learner.call_same("load", checkpoints.url(manifest.step))
+        _refuse_fewer_steps(journal.status.steps, manifest.step)
+        names = [file.name for file in manifest.files]
+        await stages.learner.call_same("load", checkpoints.url(manifest.step), names)
     if start.step or any(stages.rollout.weight_versions):
         await publish(stages, start.step)
     source.seek(start.cursor)
     await journal.rewind(start.step)
     return start
+
+
+def _refuse_fewer_steps(steps: int, trained: int) -> None:
+    if steps < trained:
+        expected = f"at least {trained}: so many are trained"
+        cure = "raise it, or `tip-ray export` a step that is kept"
+        raise SpecError("steps", str(steps), expected, cure)
 
 
 def _after(manifest: Manifest) -> _Start:

@@ -291,8 +291,10 @@ class LearnerActor:
         flat = {f"{kind}/{name}": own for kind in rows for name, own in rows[kind].items()}
         return state.save_rows(url, header, flat)
 
-    def load(self, url: str) -> int:
+    def load(self, url: str, names: Sequence[str] | None = None) -> int:
         """Take up the state that any number of ranks saved in `url`; returns its step.
+
+        Of the files there, `names` are read: those that the manifest lists.
 
         Every rank must, before it trains on.
 
@@ -301,7 +303,7 @@ class LearnerActor:
         """
         group = self._joined()
         rows = fsdp.training_rows(group.root, group.optimizer)
-        header = state.load_rows(url, self._rank, group.world_size, rows)
+        header = state.load_rows(url, self._rank, group.world_size, rows, names)
         fsdp.set_updates_made(group.optimizer, header.updates)
         self._reports, self._step = {}, header.step
         return header.step

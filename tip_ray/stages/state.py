@@ -78,17 +78,24 @@ def save_rows(url: str, header: Header, tensors: Mapping[str, Tensor]) -> SavedF
     return saved
 
 
-def load_rows(url: str, rank: int, ranks: int, into: Mapping[str, Mapping[str, Tensor]]) -> Header:
+def load_rows(
+    url: str,
+    rank: int,
+    ranks: int,
+    into: Mapping[str, Mapping[str, Tensor]],
+    names: Sequence[str] | None = None,
+) -> Header:
     """Fill this rank's rows from the files at `url`; returns what the files agree on.
 
     Args:
+        names: the files that a manifest vouches for; None reads every one that is there.
         into: PARAMETER and each of MOMENTS -> name -> the rank's own rows, written in place.
 
     Raises:
         RunDirectoryError: no or missing files, a broken one, or those of another student.
     """
     headers: list[Header] = []
-    for path in _local_copies(url):
+    for path in _local_copies(url, names):
         with _opened(url, path) as (file, header):
             _check_names(url, header, into[PARAMETER])
             for name in into[PARAMETER]:
@@ -118,7 +125,7 @@ def _opened(url: str, path: Path) -> Iterator[tuple[Any, Header]]:
     try:
         with safe_open(path, "pt") as file:
             yield file, Header(**json.loads(file.metadata()[_HEADER]))
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise _refused(url, f"{path.name} cannot be read: {error}") from None
 
 
@@ -187,10 +194,15 @@ def _fetched(fs: Any, path: str) -> Iterator[Path]:
         yield target
 
 
-def _local_copies(url: str) -> Iterator[Path]:
+def _local_copies(url: str, names: Sequence[str] | None = None) -> Iterator[Path]:
     """The state's files on this machine; of a remote directory one at a time."""
     fs, folder = fsspec.core.url_to_fs(url)
-    for path in sorted(fs.glob(f"{folder.rstrip('/')}/{_FILES}")):
+    folder = folder.rstrip("/")
+    if names is None:
+        paths = sorted(fs.glob(f"{folder}/{_FILES}"))
+    else:
+        paths = [f"{folder}/{name}" for name in names]
+    for path in paths:
         if isinstance(fs, LocalFileSystem):
             yield Path(path)
             continue
