@@ -34,35 +34,58 @@ def coarse(p: list[float], ids: list[int]) -> list[float]:
     return [p[i] for i in kept] + [math.fsum(x for i, x in enumerate(p) if i not in kept)]
 
 
-def support_reverse_kl(
+def floored(value: torch.Tensor | float, floor: float) -> torch.Tensor:
+    """max(value, floor), with no gradient below the floor."""
+    value = torch.as_tensor(value, dtype=torch.float64)
+    return value if value.item() > floor else torch.tensor(floor, dtype=torch.float64)
+
+
+def bucket(kind: str, s: torch.Tensor, t: torch.Tensor, beta: float) -> torch.Tensor:
+    """One bucket's term of a divergence, from log-probabilities."""
+    if kind == "forward_kl" or (kind == "jsd" and beta == 0):
+        return t.exp() * (t - s)
+    if kind == "reverse_kl" or (kind == "jsd" and beta == 1):
+        return s.exp() * (s - t)
+    m = beta * t.exp() + (1 - beta) * s.exp()
+    of_teacher = t.exp() * (t - m.log()) if t.item() != NEG_INF else 0.0
+    return beta * of_teacher + (1 - beta) * s.exp() * (s - m.log())
+
+
+def support_loss(
     logits_V: torch.Tensor,
     ids: list[int],
     teacher_lp: list[float],
     teacher_tail: float,
     floor: float,
+    kind: str = "reverse_kl",
+    beta: float = 0.5,
 ) -> torch.Tensor:
-    """Differentiable reverse KL of one token on a support with its tail bucket."""
+    """Differentiable divergence of one token on a support with its tail bucket."""
     logprobs = logits_V - torch.logsumexp(logits_V, 0)
     total = logits_V.new_zeros(())
     for i, lp in zip(ids, teacher_lp, strict=True):
         if i >= 0:
-            total = total + logprobs[i].exp() * (
-                logprobs[i] - max(lp, floor if lp == NEG_INF else lp)
-            )
+            # in a KL an id that the teacher rules out counts as the floor
+            ruled_out = lp == NEG_INF and (kind != "jsd" or beta in (0, 1))
+            t = torch.tensor(floor if ruled_out else lp, dtype=torch.float64)
+            if ruled_out and (kind == "forward_kl" or (kind == "jsd" and beta == 0)):
+                continue  # 0 ln 0
+            total = total + bucket(kind, logprobs[i], t, beta)
     outside = [i for i in range(len(logits_V)) if i not in ids]
     if outside:
-        tail = torch.logsumexp(logprobs[outside], 0)
-        tail = torch.maximum(tail, torch.tensor(floor, dtype=tail.dtype))
-        total = total + tail.exp() * (tail - max(teacher_tail, floor))
+        tail = floored(torch.logsumexp(logprobs[outside], 0), floor)
+        total = total + bucket(kind, tail, floored(teacher_tail, floor), beta)
     return total
 
 
-def kept_loss(hidden, head, ids, teacher_lp, teacher_tail, weight, floor=-30.0) -> torch.Tensor:
+def kept_loss(
+    hidden, head, ids, teacher_lp, teacher_tail, weight, floor=-30.0, **kind
+) -> torch.Tensor:
     """Dense reference of the loss: all logits at once, autograd for the gradients."""
     total = (hidden.sum() + head.sum()) * 0
     for n, logits_V in enumerate(hidden @ head.T):
-        total = total + weight[n] * support_reverse_kl(
-            logits_V, ids[n].tolist(), teacher_lp[n].tolist(), float(teacher_tail[n]), floor
+        total = total + weight[n] * support_loss(
+            logits_V, ids[n].tolist(), teacher_lp[n].tolist(), float(teacher_tail[n]), floor, **kind
         )
     return total
 

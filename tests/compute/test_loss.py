@@ -9,63 +9,13 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.compute import dense_reference as dense
+from tests.compute.loss_made import F64, NEG_INF, Problem, assert_same
 from tip_ray.compute import loss as loss_module
 from tip_ray.compute.divergence import support_divergence, tail_logprob, token_divergence
 from tip_ray.compute.loss import kept_loss, kept_loss_with_stats
 from tip_ray.contract.errors import SpecError
 
 torch.set_num_threads(1)
-NEG_INF = float("-inf")
-F64 = torch.float64
-
-
-class Problem:
-    """Rows of hidden states, a head, and a teacher on a random support."""
-
-    def __init__(self, seed=0, n=7, d=5, v=12, k=4, sharpness=2.0, dtype=F64):
-        random = torch.Generator().manual_seed(seed)
-        self.hidden = torch.randn(n, d, generator=random, dtype=F64).to(dtype).requires_grad_()
-        self.head = torch.randn(v, d, generator=random, dtype=F64).to(dtype).requires_grad_()
-        logits = torch.randn(n, v, generator=random, dtype=F64) * sharpness
-        self.teacher = logits.log_softmax(-1)
-        order = torch.rand(n, v, generator=random).argsort(-1)
-        self.ids = order[:, :k]
-        self.weight = torch.rand(n, generator=random, dtype=F64)
-        self.sampled = order[:, -1]
-
-    def pad(self, share, seed=0):
-        hide = torch.rand(self.ids.shape, generator=torch.Generator().manual_seed(seed)) < share
-        self.ids = self.ids.masked_fill(hide, -1)
-        return self
-
-    @property
-    def logprobs(self):
-        return self.teacher.gather(1, self.ids.clamp(min=0)).masked_fill(self.ids < 0, NEG_INF)
-
-    @property
-    def tail(self):
-        return tail_logprob(self.teacher, self.ids)
-
-    def arguments(self):
-        return self.hidden, self.head, self.ids, self.logprobs, self.weight
-
-    def loss(self, **options):
-        return kept_loss(*self.arguments(), teacher_tail_logprob_N=self.tail, **options)
-
-    def reference(self, floor=-30.0):
-        return dense.kept_loss(
-            self.hidden, self.head, self.ids, self.logprobs, self.tail, self.weight, floor
-        )
-
-    def grads(self, loss):
-        return torch.autograd.grad(loss, (self.hidden, self.head), retain_graph=True)
-
-
-def assert_same(problem, found, expected, **tolerance):
-    torch.testing.assert_close(found, expected, **tolerance)
-    for a, b in zip(problem.grads(found), problem.grads(expected), strict=True):
-        torch.testing.assert_close(a, b, **tolerance)
 
 
 # --- against dense float64
@@ -425,7 +375,14 @@ def test_a_narrow_head_is_never_cast_as_a_whole(monkeypatch):
 
 @pytest.mark.parametrize(
     "options",
-    [{"kind": "forward_kl"}, {"kind": "jsd"}, {"chunk_rows": 0}, {"vocab_size": 13}],
+    [
+        {"kind": "kl"},
+        {"kind": "jsd", "beta": 1.5},
+        {"chunk_rows": 0},
+        {"vocab_size": 13},
+        {"vocab_size": 11},  # below the largest id of the support
+        {"kind": "policy_gradient"},
+    ],
 )
 def test_wrong_options_are_refused(options):
     with pytest.raises(SpecError):

@@ -203,7 +203,7 @@ def test_an_unknown_key_is_named_before_what_it_leaves_missing() -> None:
     ("path", "value"),
     [
         ("teacher.targets", "hidden"),
-        ("loss.kind", "jsd"),
+        ("loss.kind", "policy_gradient"),
         ("loss.reward_weight", 1.0),
         ("loss.sample_weight", "pass_rate"),
         ("reward.scorer", "exact"),

@@ -40,7 +40,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> str:
         ("selection.retension=0.2", "did you mean retention?"),
         ("selection.retention=1.5", "selection.retention: found 1.5"),
         ("steps=0", "steps: found 0"),
-        ("loss.kind=jsd", "not available yet"),
+        ("loss.reward_weight=1", "not available yet"),
         ("student.model=/no/such/model", "student.model"),
         ("teacher.model=demo:carry-professor", "teacher.model"),
         ("prompts.source=/no/such/file.jsonl", "prompts.source"),

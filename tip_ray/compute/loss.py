@@ -9,17 +9,17 @@ waits for the backward is [N, D] and [V, D].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tip_ray.compute.divergence import compute_dtype, drop_ids_, entropy, floor_impossible
+from tip_ray.compute.divergence import compute_dtype, drop_ids_, entropy
+from tip_ray.compute.loss_kinds import KINDS, NEG_INF, Options, Support
 from tip_ray.contract.errors import SpecError
 
-_NEG_INF = float("-inf")
 _CAST_ELEMENTS = 1 << 24  # of the head alive in the compute dtype at once, where it is narrower
 
 
@@ -29,37 +29,6 @@ class KeptStats(NamedTuple):
     divergence_N: Tensor  # what the loss weighs
     sampled_logprob_N: Tensor  # the learner's, of the sampled token
     entropy_N: Tensor  # the learner's
-
-
-class _Support(NamedTuple):
-    """The teacher's side of some rows."""
-
-    ids_NK: Tensor
-    logprobs_NK: Tensor
-    tail_N: Tensor
-
-    def chunk(self, rows: slice, dtype: torch.dtype) -> _Support:
-        """Some rows in `dtype`, whatever stood at padding made -inf."""
-        ids_CK = self.ids_NK[rows]
-        logprobs_CK = self.logprobs_NK[rows].to(dtype).masked_fill(ids_CK < 0, _NEG_INF)
-        return _Support(ids_CK, logprobs_CK, self.tail_N[rows].to(dtype))
-
-
-class _Options(NamedTuple):
-    kind: str
-    chunk_rows: int
-    beta: float
-    tail_floor_nats: float
-    vocab_size: int
-    with_grad: bool
-
-
-class _Pull(NamedTuple):
-    """A divergence of rows and how it changes with the student's coarse distribution."""
-
-    divergence_C: Tensor
-    by_logprob_CK: Tensor  # d divergence / d ln p of each support id
-    by_tail_mass_C: Tensor  # d divergence / d mass of the tail
 
 
 def kept_loss(
@@ -72,30 +41,39 @@ def kept_loss(
     chunk_rows: int = 512,
     *,
     teacher_tail_logprob_N: Tensor | None = None,
+    student_logprob_N: Tensor | None = None,
     beta: float = 0.5,
+    clip: float = 0.2,
     tail_floor_nats: float = -30.0,
     vocab_size: int | None = None,
 ) -> Tensor:
     """Sum over rows of weight * divergence on the support with its tail bucket, a scalar in nats.
 
     reverse_kl: sum over U of p_S (ln p_S - ln p_T), plus r_S (ln r_S - ln r_T) of the masses
-    outside. Both tails are floored at `tail_floor_nats` (no gradient below it; the term is 0 at
-    U = V); without `teacher_tail_logprob_N` it is ln(1 - sum exp) of what is given, in float64.
-    Id -1 is padding; an id that the teacher rules out (-inf) counts as `tail_floor_nats`.
+    outside; forward_kl: the same with S and T exchanged; jsd: beta KL(T||M) + (1 - beta) KL(S||M)
+    with M = beta T + (1 - beta) S, at beta 0 and 1 the two KLs. Both tails are floored at
+    `tail_floor_nats` (no gradient below it; the term is 0 at U = V); without
+    `teacher_tail_logprob_N` it is ln(1 - sum exp) of what is given, in float64. Id -1 is padding;
+    in a KL an id that one side rules out (-inf) counts there as `tail_floor_nats`.
+
+    policy_gradient: the support is the sampled token alone (K = 1), `student_logprob_N` what it
+    was drawn with; the sampled reverse KL is the advantage, its importance ratio clipped at
+    1 +- `clip`.
 
     Differentiable in `hidden_ND` and `lm_head_VD`, once. Float32 inside (float64 stays float64),
     whatever the inputs; three [chunk_rows, V] buffers. Head rows from `vocab_size` on (default:
     none) are outside of the vocabulary. N = 0 gives 0, still a part of the graph.
 
     Raises:
-        SpecError: `kind` is not available, or shapes do not fit together.
+        SpecError: `kind` is unknown, an option is out of range, shapes do not fit together, or a
+            support id is outside of the vocabulary.
     """
-    options = _options(
-        lm_head_VD, kind, chunk_rows, beta, tail_floor_nats, vocab_size or len(lm_head_VD)
-    )
+    vocab_size = vocab_size or len(lm_head_VD)
+    options = _options(lm_head_VD, kind, chunk_rows, beta, clip, tail_floor_nats, vocab_size)
     support = (support_ids_NK, teacher_logprobs_NK)
-    _check_shapes(hidden_ND, lm_head_VD, *support, weight_N, teacher_tail_logprob_N)
-    teacher = _teacher(*support, teacher_tail_logprob_N, options.vocab_size)
+    per_token = (weight_N, teacher_tail_logprob_N, student_logprob_N)
+    _check_shapes(hidden_ND, lm_head_VD, *support, *per_token)
+    teacher = _teacher(*support, teacher_tail_logprob_N, student_logprob_N, options)
     return _run(hidden_ND, lm_head_VD, teacher, weight_N, None, options)[0]
 
 
@@ -110,40 +88,21 @@ def kept_loss_with_stats(
     *,
     sampled_ids_N: Tensor,
     teacher_tail_logprob_N: Tensor | None = None,
+    student_logprob_N: Tensor | None = None,
     beta: float = 0.5,
+    clip: float = 0.2,
     tail_floor_nats: float = -30.0,
     vocab_size: int | None = None,
 ) -> tuple[Tensor, KeptStats]:
     """(`kept_loss`, KeptStats) in one pass; `sampled_ids_N` are the kept tokens themselves."""
-    options = _options(
-        lm_head_VD, kind, chunk_rows, beta, tail_floor_nats, vocab_size or len(lm_head_VD)
-    )
+    vocab_size = vocab_size or len(lm_head_VD)
+    options = _options(lm_head_VD, kind, chunk_rows, beta, clip, tail_floor_nats, vocab_size)
     support = (support_ids_NK, teacher_logprobs_NK)
-    per_token = (weight_N, teacher_tail_logprob_N, sampled_ids_N)
+    per_token = (weight_N, teacher_tail_logprob_N, sampled_ids_N, student_logprob_N)
     _check_shapes(hidden_ND, lm_head_VD, *support, *per_token)
-    teacher = _teacher(*support, teacher_tail_logprob_N, options.vocab_size)
+    teacher = _teacher(*support, teacher_tail_logprob_N, student_logprob_N, options)
     loss, *stats = _run(hidden_ND, lm_head_VD, teacher, weight_N, sampled_ids_N, options)
     return loss, KeptStats(*stats)
-
-
-def _reverse_kl(
-    student_CK: Tensor, student_tail_C: Tensor, teacher: _Support, options: _Options
-) -> _Pull:
-    """KL(S||T); the student's log-probability is -inf at padding."""
-    floor_nats = options.tail_floor_nats
-    mass_CK = student_CK.exp()
-    log_ratio_CK = floor_impossible(student_CK, floor_nats) - floor_impossible(
-        teacher.logprobs_NK, floor_nats
-    )
-    tail_C = student_tail_C.clamp(min=floor_nats)
-    log_ratio_tail_C = tail_C - teacher.tail_N.clamp(min=floor_nats)
-    divergence_C = (mass_CK * log_ratio_CK).sum(-1) + tail_C.exp() * log_ratio_tail_C
-    by_tail_C = (log_ratio_tail_C + 1).masked_fill(student_tail_C <= floor_nats, 0.0)
-    return _Pull(divergence_C, mass_CK * (log_ratio_CK + 1), by_tail_C)
-
-
-Kind = Callable[[Tensor, Tensor, _Support, _Options], _Pull]
-_KINDS: dict[str, Kind] = {"reverse_kl": _reverse_kl}
 
 
 class _KeptLoss(torch.autograd.Function):
@@ -154,10 +113,10 @@ class _KeptLoss(torch.autograd.Function):
         ctx: Any,
         hidden_ND: Tensor,
         lm_head_VD: Tensor,
-        teacher: _Support,
+        teacher: Support,
         weight_N: Tensor,
         sampled_ids_N: Tensor | None,
-        options: _Options,
+        options: Options,
     ) -> tuple[Tensor, ...]:
         dtype = compute_dtype(hidden_ND, lm_head_VD)
         need_hidden, need_head = (options.with_grad and need for need in ctx.needs_input_grad[:2])
@@ -202,20 +161,22 @@ def _run(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _divergence_(
-    logprobs_CV: Tensor, teacher: _Support, weight_C: Tensor, options: _Options
+    logprobs_CV: Tensor, teacher: Support, weight_C: Tensor, options: Options
 ) -> tuple[Tensor, Tensor]:
     """([C] divergence, [C, V] gradient of weight * divergence by the logits); eats its input."""
     student_CK = logprobs_CV.gather(1, teacher.ids_NK.clamp(min=0))
-    student_CK.masked_fill_(teacher.ids_NK < 0, _NEG_INF)
-    probs_CV = logprobs_CV.exp()
+    student_CK.masked_fill_(teacher.ids_NK < 0, NEG_INF)
     tail_C = drop_ids_(logprobs_CV, teacher.ids_NK).logsumexp(-1)
-    pull = _KINDS[options.kind](student_CK, tail_C, teacher, options)
-    # Through the softmax: d/dz_j = g_j - p_j sum(g), where g_j is the pull by ln p_j.
-    total_C = pull.by_logprob_CK.sum(-1) + tail_C.exp() * pull.by_tail_mass_C
-    grad_CV = probs_CV.mul_((weight_C * (pull.by_tail_mass_C - total_C))[:, None])
-    extra_CK = pull.by_logprob_CK - student_CK.exp() * pull.by_tail_mass_C[:, None]
-    grad_CV.scatter_add_(1, teacher.ids_NK.clamp(min=0), extra_CK * weight_C[:, None])
-    return pull.divergence_C, grad_CV
+    pull = KINDS[options.kind](student_CK, tail_C, teacher, options)
+    # Through the softmax: d/dz_j = g_j - p_j sum(g). On the support g_j is the pull by ln p_j; an
+    # id of the tail takes its share p_j / r of the pull by ln r.
+    total_C = pull.by_logprob_CK.sum(-1) + pull.by_tail_C
+    finite_C = tail_C.clamp(min=torch.finfo(tail_C.dtype).min)  # an empty tail has no shares
+    grad_CV = logprobs_CV.sub_(finite_C[:, None]).exp_()
+    grad_CV.mul_((weight_C * (pull.by_tail_C - tail_C.exp() * total_C))[:, None])
+    on_support_CK = pull.by_logprob_CK - student_CK.exp() * total_C[:, None]
+    grad_CV.scatter_add_(1, teacher.ids_NK.clamp(min=0), on_support_CK * weight_C[:, None])
+    return pull.value_C, grad_CV
 
 
 class _Head(NamedTuple):
@@ -255,14 +216,23 @@ class _Head(NamedTuple):
 
 
 def _teacher(
-    ids_NK: Tensor, logprobs_NK: Tensor, tail_N: Tensor | None, vocab_size: int
-) -> _Support:
+    ids_NK: Tensor,
+    logprobs_NK: Tensor,
+    tail_N: Tensor | None,
+    recorded_N: Tensor | None,
+    options: Options,
+) -> Support:
+    if ids_NK.numel() and (largest := int(ids_NK.max())) >= options.vocab_size:
+        raise SpecError("support_ids_NK", f"id {largest}", f"ids below {options.vocab_size}")
+    if options.kind == "policy_gradient" and (recorded_N is None or ids_NK.shape[1] != 1):
+        found = "no student_logprob_N" if recorded_N is None else f"K = {ids_NK.shape[1]}"
+        raise SpecError("loss.kind policy_gradient", found, "K = 1 and what it was drawn with")
     if tail_N is None:
         real_NK = ids_NK >= 0
         mass_N = logprobs_NK.double().exp().masked_fill(~real_NK, 0.0).sum(-1)
         tail_N = torch.log1p(-mass_N.clamp(max=1.0))
-        tail_N = tail_N.masked_fill(real_NK.sum(-1) == vocab_size, _NEG_INF)
-    return _Support(ids_NK, logprobs_NK, tail_N)
+        tail_N = tail_N.masked_fill(real_NK.sum(-1) == options.vocab_size, NEG_INF)
+    return Support(ids_NK, logprobs_NK, tail_N, recorded_N)
 
 
 def _options(
@@ -270,16 +240,20 @@ def _options(
     kind: str,
     chunk_rows: int,
     beta: float,
+    clip: float,
     tail_floor_nats: float,
     vocab_size: int,
-) -> _Options:
-    if kind not in _KINDS:
-        raise SpecError("loss.kind", repr(kind), f"{' | '.join(_KINDS)} (others not available yet)")
+) -> Options:
+    if kind not in KINDS:
+        raise SpecError("loss.kind", repr(kind), " | ".join(KINDS))
     if chunk_rows < 1:
         raise SpecError("chunk_rows", str(chunk_rows), "at least 1")
+    if not 0 <= beta <= 1:
+        raise SpecError("loss.beta", str(beta), "a number from 0 to 1")
     if vocab_size > len(lm_head_VD):
         raise SpecError("vocab_size", str(vocab_size), f"at most the head's {len(lm_head_VD)} rows")
-    return _Options(kind, chunk_rows, beta, tail_floor_nats, vocab_size, torch.is_grad_enabled())
+    with_grad = torch.is_grad_enabled()
+    return Options(kind, chunk_rows, beta, clip, tail_floor_nats, vocab_size, with_grad)
 
 
 def _check_shapes(

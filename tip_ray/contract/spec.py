@@ -348,7 +348,7 @@ class RunSpec(_Section):
 # Values whose feature has not landed: field -> (values that work, what to do).
 NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     "teacher.targets": (("topk",), "use topk"),
-    "loss.kind": (("reverse_kl",), "use reverse_kl"),
+    "loss.kind": (("reverse_kl", "forward_kl", "jsd"), "use one of them"),
     "loss.reward_weight": ((0.0,), "leave it at 0"),
     "loss.sample_weight": (("none",), "use none"),
     "reward.scorer": ((None,), "leave it null"),
