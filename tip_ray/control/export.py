@@ -12,6 +12,7 @@ from tip_ray.contract.errors import NotFoundError, RunDirectoryError
 from tip_ray.contract.spec import StudentSpec
 from tip_ray.control.checkpoint import Checkpoints, Manifest
 from tip_ray.control.run_reader import RunReader
+from tip_ray.control.storage import storage_errors
 from tip_ray.stages.export import write_export
 from tip_ray.stages.models import local_model_path
 from tip_ray.stages.state import read_parameters
@@ -33,7 +34,7 @@ def export_checkpoint(
 
     Raises:
         NotFoundError: no such checkpoint, or none at all.
-        RunDirectoryError: it is broken.
+        RunDirectoryError: it is broken, or nothing can be written at `url`.
         SpecError: the run's first student is no longer where it was.
     """
     checkpoints = Checkpoints(reader.storage, keep=1)
@@ -41,7 +42,8 @@ def export_checkpoint(
     student = _student(reader)
     path = local_model_path(student.model, student.revision, "student.model")
     parameters = read_parameters(checkpoints.url(manifest.step))
-    write_export(url, path, _groups(parameters, student.dtype), student.dtype)
+    with storage_errors(f"{url}: cannot be written"):
+        write_export(url, path, _groups(parameters, student.dtype), student.dtype)
     return manifest.step
 
 
