@@ -4,7 +4,11 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test check bench clean install
+# How long the kill loop runs, and with which faults when
+MINUTES ?= 30
+SEED ?= 1
+
+.PHONY: quickstart test check bench chaos clean install
 
 quickstart: $(INSTALLED)
 	$(BIN)/tip-ray run job_specs/quickstart.yaml
@@ -21,6 +25,9 @@ bench: $(INSTALLED)
 	for bench in tests/benchmarks/bench_*.py; do \
 		$(BIN)/python -m tests.benchmarks.$$(basename $$bench .py) --output outputs/bench || exit 1; \
 	done
+
+chaos: $(INSTALLED)
+	$(BIN)/python -m tests.faults.chaos --minutes $(MINUTES) --seed $(SEED)
 
 install: $(INSTALLED)
 

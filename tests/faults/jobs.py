@@ -32,7 +32,7 @@ SMALL = {
     "prompts.prompts_per_step": 8,
     "checkpoint.every_steps": 3,
     "evaluation": [],
-    "faults.item_timeout_s": 12,
+    "faults.item_timeout_s": 30,
     "faults.max_tries": 10,
     "faults.max_learner_restarts": 1000,
     "faults.max_quarantined_fraction": 0.3,

@@ -1,0 +1,136 @@
+"""Two nodes, one of which goes: tables and weights that went with it. `test_pool_faults` runs it.
+
+A process of its own: pytest's is connected to another cluster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from tests.faults.nodes import Nodes
+from tip_ray.contract.errors import ObjectsLostError, ReplicaError
+from tip_ray.runtime.gang import Gang
+from tip_ray.runtime.pool import Pool
+from tip_ray.runtime.replica import actor_class
+from tip_ray.runtime.weights import WeightGroup, WeightVersion
+
+
+class Worker:
+    """Makes tables, reads tables, holds weights."""
+
+    def __init__(self) -> None:
+        self.version = 0
+
+    def load_weights(self, version: int, *groups: WeightGroup) -> int:
+        self.version = sum(group.nbytes > 0 for group in groups) and version
+        return self.version
+
+    def make(self) -> tuple[int, Any]:
+        return 1, np.ones(10**5)
+
+    def read(self, table: Any) -> tuple[float]:
+        return float(table.sum())
+
+    def weights(self) -> WeightGroup:
+        return WeightGroup.pack({"w": torch.ones(10**5)})
+
+    def held(self) -> int:
+        return self.version
+
+    def die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    # As a gang's rank
+    def open_port(self) -> int:
+        return 1
+
+    def join(self, host: str, port: int, size: int) -> None:
+        pass
+
+
+def on(node: str) -> Any:
+    strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+    return actor_class(Worker).options(num_cpus=0, scheduling_strategy=strategy)
+
+
+def ignored(kind: str, **facts: Any) -> None:
+    """The outcome of each call says what happened."""
+
+
+def pool(node: str) -> Pool:
+    return Pool(
+        "worker",
+        lambda _: on(node).remote(),
+        1,
+        timeout_s=60,
+        max_tries=3,
+        on_event=ignored,
+    )
+
+
+async def go(nodes: Nodes) -> None:
+    ids = [node["NodeID"] for node in ray.nodes() if node["Resources"].get("CPU")]
+    stays, goes = pool(ids[0]), pool(ids[1])
+    gang = Gang("gang", lambda _: on(ids[0]).remote(), 2, timeout_s=60)
+    await asyncio.gather(stays.start(), goes.start(), gang.start())
+    table = (await goes.call("make", returns=2)).refs[0]
+    assert (await stays.call("read", table, returns=1)).header == 10**5
+    heavy = on(ids[1]).remote()
+    lost = WeightVersion(3, (heavy.weights.remote(),), 1)
+    await ray.wait(list(lost.group_refs), fetch_local=False)[0][0]
+    await stays.adopt(lost)
+    # Another table, of which nothing was copied to the node that stays.
+    table = (await goes.call("make", returns=2)).refs[0]
+    nodes.lose(ids[1])
+    await lost_tables(stays, gang, table)
+    await lost_weights(stays)
+
+
+async def lost_tables(stays: Pool, gang: Gang, table: Any) -> None:
+    """No replica is blamed; a gang starts anew, since its other ranks wait in vain."""
+    try:
+        await stays.call("read", table, returns=1)
+    except ObjectsLostError:
+        pass
+    else:
+        raise AssertionError("a lost table was read")
+    assert (await stays.call("held", returns=1)).header == 3  # the same replica
+    try:
+        await gang.call("read", [[table], [np.ones(1)]])
+    except ReplicaError:
+        pass
+    else:
+        raise AssertionError("a lost table was read by a gang")
+
+
+async def lost_weights(stays: Pool) -> None:
+    """A replacement waits for newer weights, and whoever asks is told to publish some."""
+    for _ in range(2):
+        try:
+            await stays.call("die", returns=1)
+        except (ReplicaError, ObjectsLostError):
+            break
+    else:
+        raise AssertionError("the weights were there")
+    group = WeightGroup.pack({"w": torch.ones(3)})
+    await stays.adopt(WeightVersion(4, (ray.put(group),), group.nbytes))
+    assert (await stays.call("held", returns=1)).header == 4
+
+
+if __name__ == "__main__":
+    here = Nodes(2)
+    ray.init(address=here.address, log_to_driver=False)
+    try:
+        asyncio.run(go(here))
+    finally:
+        ray.shutdown()
+        here.close()
+    print("good")  # noqa: T201
