@@ -203,7 +203,6 @@ def test_an_unknown_key_is_named_before_what_it_leaves_missing() -> None:
     ("path", "value"),
     [
         ("teacher.targets", "hidden"),
-        ("loss.kind", "policy_gradient"),
         ("loss.reward_weight", 1.0),
         ("loss.sample_weight", "pass_rate"),
         ("reward.scorer", "exact"),
@@ -276,6 +275,15 @@ def test_inclusion_needs_a_rule_that_draws() -> None:
         assert "entropy_sample | random" in str(error)
 
 
+def test_policy_gradient_needs_samples_of_the_student_itself() -> None:
+    raw = {**REQUIRED, "loss": {"kind": "policy_gradient"}}
+    assert parse_spec(raw).selected_width(16) == 1
+    for field, value in (("temperature", 0.7), ("top_p", 0.9)):
+        error = refusal({**raw, "rollout": {field: value}})
+        assert error.field == f"rollout.{field}"
+        assert "1 with loss.kind policy_gradient" in str(error)
+
+
 def test_a_spec_is_frozen() -> None:
     spec = parse_spec(REQUIRED)
     with pytest.raises(pydantic.ValidationError):
@@ -301,7 +309,10 @@ def test_a_spec_is_a_mapping(raw: Any) -> None:
 )
 def test_the_support_follows_the_loss(loss: str, source: str, resolved: str) -> None:
     raw = {**REQUIRED, "loss": {"kind": loss}, "support": {"source": source}}
-    assert RunSpec.model_validate(raw).support_source == resolved
+    spec = RunSpec.model_validate(raw)
+    assert spec.support_source == resolved
+    if loss != "policy_gradient":
+        assert spec.selected_width(8) == (16 if resolved == "union" else 8)
 
 
 def test_the_schema_has_a_line_for_every_section() -> None:

@@ -227,6 +227,31 @@ def test_selected_holds_just_what_kept_tokens_need(cut_made: tuple) -> None:
     assert sorted(seen) == sorted(key for key, row in by_key.items() if row["kept"])
 
 
+def test_policy_gradient_gets_the_sampled_token_alone(made: MadeStep) -> None:
+    place = made.targets.schema.get_field_index("teacher_sampled_logprob")
+    field = made.targets.schema.field(place)
+    logprobs = [[-1.0 - one for one in row] for row in made.targets.column(place).to_pylist()]
+    logprobs[0][0] = 0.0  # a teacher that is sure
+    targets = made.targets.set_column(place, field, pa.array(logprobs, type=field.type))
+    _, keep = selector("all").select(row_tokens(made.rollouts), None, made.scores)
+    header, _, whole = cut(1, keep, made.scores, targets, made.rollouts)
+    narrow_header, _, narrow = cut(1, keep, made.scores, targets, made.rollouts, sampled_only=True)
+    assert narrow.schema == tables.selected_schema(1)
+    sampled = tables.column(narrow, "sampled_ids")
+    assert tables.column(narrow, "support_ids")[:, 0].tolist() == sampled.tolist()
+    flat = dict(zip(tables.keys(targets), logprobs, strict=True))
+    kept = dict(zip(tables.keys(keep), keep.column("kept").to_pylist(), strict=True))
+    expected = [flat[key][place] for key in tables.keys(narrow) for place in kept[key]]
+    found = tables.column(narrow, "teacher_logprobs")[:, 0]
+    assert found.tolist() == pytest.approx(expected, rel=1e-6)
+    tail = tables.column(narrow, "teacher_tail_logprob")
+    assert np.exp(tail) + np.exp(found) == pytest.approx(np.ones(len(tail)), rel=1e-6)
+    for name in ("input_ids", "kept_positions", "kept_weight", "student_logprob", "sampled_ids"):
+        assert narrow.column(name).equals(whole.column(name))
+    assert narrow_header.selected_bytes[0] == header.selected_bytes[0] - 3 * 8 * len(sampled)
+    assert narrow_header.unpruned_bytes == header.unpruned_bytes - 3 * 8 * len(sampled)
+
+
 def test_samples_are_whole_rows_with_their_kept_tokens_marked(cut_made: tuple) -> None:
     made, keep, (_, samples, *_) = cut_made
     assert samples.num_rows == 3

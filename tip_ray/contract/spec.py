@@ -209,7 +209,7 @@ class LossSpec(_Section):
     beta: Fraction = 0.5
     """Mixture weight of jsd."""
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Importance-ratio clip of policy_gradient."""
+    """Importance-ratio clip of policy_gradient: the ratio counts from 1 - clip to 1 + clip."""
     reward_weight: NonNegativeFloat = 0.0
     """Inverse temperature of the per-prompt softmax over rewards; 0: off."""
     sample_weight: Literal["none", "pass_rate"] = "none"
@@ -340,6 +340,12 @@ class RunSpec(_Section):
         }
         return by_loss.get(self.loss.kind, "student")
 
+    def selected_width(self, k: int) -> int:
+        """Ids a kept token at which the learner compares, if the student's support has `k`."""
+        if self.loss.kind == "policy_gradient":
+            return 1  # the sampled token
+        return 2 * k if self.support_source == "union" else k
+
     @property
     def rollouts_per_step(self) -> int:
         return self.prompts.prompts_per_step * self.rollout.samples_per_prompt
@@ -348,7 +354,6 @@ class RunSpec(_Section):
 # Values whose feature has not landed: field -> (values that work, what to do).
 NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     "teacher.targets": (("topk",), "use topk"),
-    "loss.kind": (("reverse_kl", "forward_kl", "jsd"), "use one of them"),
     "loss.reward_weight": ((0.0,), "leave it at 0"),
     "loss.sample_weight": (("none",), "use none"),
     "reward.scorer": ((None,), "leave it null"),
@@ -370,6 +375,8 @@ def parse_spec(raw: Mapping[str, Any]) -> RunSpec:
         raise _spec_error(error) from None
     _refuse_not_yet(spec)
     _refuse_engine_mismatch(spec.teacher)
+    if spec.loss.kind == "policy_gradient":
+        _refuse_biased_gradient(spec)
     return spec
 
 
@@ -386,6 +393,23 @@ def _refuse_engine_mismatch(teacher: TeacherSpec) -> None:
     elif teacher.num_gpus and teacher.num_gpus != teacher.tensor_parallel:
         expected = f"{teacher.num_gpus}, as teacher.num_gpus"
         raise SpecError(path, size, expected, "engine vllm uses every GPU of its replica")
+
+
+def _refuse_biased_gradient(spec: RunSpec) -> None:
+    """What makes the expected gradient of policy_gradient another one.
+
+    So would a rule that looks at the sampled token; no rule is given it.
+    """
+    cure = "its ratio and advantage are of what was sampled at temperature 1"
+    for path, value in (
+        ("rollout.temperature", spec.rollout.temperature),
+        ("rollout.top_p", spec.rollout.top_p),
+    ):
+        if value != 1:
+            raise SpecError(path, str(value), "1 with loss.kind policy_gradient", cure)
+    if spec.teacher.targets != "topk":
+        expected = "topk with loss.kind policy_gradient"
+        raise SpecError("teacher.targets", repr(spec.teacher.targets), expected)
 
 
 def _refuse_not_yet(spec: RunSpec) -> None:

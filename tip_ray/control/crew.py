@@ -146,14 +146,13 @@ def _selector(spec: RunSpec, facts: PairFacts) -> Callable[[int], Any]:
 
 def _learner(spec: RunSpec, facts: PairFacts, group: PlacementGroup) -> Callable[[int], Any]:
     place = _in_bundle(LearnerActor, spec.learner, group)
-    union = spec.support_source == "union"
     return lambda rank: place(rank).remote(
         spec.student,
         spec.learner,
         spec.loss,
         model_path=facts.student_path,
         vocab_size=facts.vocab_size,
-        k_width=facts.support_k * (2 if union else 1),
+        k_width=spec.selected_width(facts.support_k),
         steps=spec.steps,
         rank=rank,
         seed=spec.seed,

@@ -293,8 +293,11 @@ class Pipeline:
             num_returns=2 + ranks,
             scheduling_strategy=NodeAffinitySchedulingStrategy(batch.node_id, soft=True),
         )
+        sampled_only = self._spec.loss.kind == "policy_gradient"
         for _ in range(self._spec.faults.max_tries):
-            refs = remote.remote(ranks, keep, batch.scores, batch.targets, *batch.rollouts)
+            refs = remote.remote(
+                ranks, keep, batch.scores, batch.targets, *batch.rollouts, sampled_only=sampled_only
+            )
             try:
                 waited = asyncio.wait_for(value_of(refs[0]), self._spec.faults.item_timeout_s)
                 return await waited, refs[1:]

@@ -118,12 +118,11 @@ def _pools(spec: RunSpec) -> tuple[PoolDemand, ...]:
 
 def _hops(spec: RunSpec, tokens: int, vocab_size: int | None) -> tuple[Hop, ...]:
     k, retention = min(spec.support.k, vocab_size or spec.support.k), spec.selection.retention
-    width = 2 * k if spec.support_source == "union" else k
     schemas = {
         "rollout -> teacher": rollouts_schema(k),
         "teacher -> selector": SCORES,
         "selector -> cut": KEEP,
-        "cut -> learner": selected_schema(width),
+        "cut -> learner": selected_schema(spec.selected_width(k)),
     }
     hops = []
     for name, schema in schemas.items():

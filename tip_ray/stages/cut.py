@@ -19,12 +19,16 @@ from tip_ray.contract import tables
 from tip_ray.contract.headers import CutHeader
 from tip_ray.contract.tables import TOP_SHOWN
 
-_TARGET_COLUMNS = ("support_ids", "teacher_logprobs", "teacher_tail_logprob")
 IntArray = npt.NDArray[np.int64]
 
 
 def cut(
-    ranks: int, keep: pa.Table, scores: pa.Table, targets: pa.Table, *rollouts: pa.Table
+    ranks: int,
+    keep: pa.Table,
+    scores: pa.Table,
+    targets: pa.Table,
+    *rollouts: pa.Table,
+    sampled_only: bool = False,
 ) -> tuple[Any, ...]:
     """(CutHeader, SAMPLES, SELECTED of rank 0, SELECTED of rank 1, ...).
 
@@ -33,11 +37,12 @@ def cut(
         keep: KEEP of the whole step; rows of other batches are ignored.
         scores, targets: one teacher batch.
         rollouts: ROLLOUTS tables that hold at least the rows of the batch.
+        sampled_only: the support that travels is the sampled token alone, for policy_gradient.
     """
     began = time.perf_counter()
-    width = targets.schema.field("support_ids").type.value_type.list_size
+    width = 1 if sampled_only else targets.schema.field("support_ids").type.value_type.list_size
     batch = _aligned(keep, scores, targets, rollouts)
-    selected = [_select(batch, rank, width) for rank in range(ranks)]
+    selected = [_select(batch, rank, width, sampled_only) for rank in range(ranks)]
     sent = [tables.nbytes(table) for table in selected]
     header = CutHeader(
         selected_bytes=tuple(sent),
@@ -85,7 +90,7 @@ def _aligned(
     )
 
 
-def _select(batch: _Batch, rank: int, width: int) -> pa.Table:
+def _select(batch: _Batch, rank: int, width: int, sampled_only: bool) -> pa.Table:
     """SELECTED of one rank."""
     schema = tables.selected_schema(width)
     rows = np.flatnonzero(tables.column(batch.keep, "rank") == rank)
@@ -100,16 +105,34 @@ def _select(batch: _Batch, rank: int, width: int) -> pa.Table:
         for name in (*tables.KEY_COLUMNS, "weight_version")
     }
     columns["input_ids"] = tables.list_array(inputs, input_offsets, schema.field("input_ids").type)
+    support = _sampled_support if sampled_only else _support
     flat_columns = {
         "kept_positions": positions.astype(np.int32),
         "kept_weight": _rows_of(batch.keep, "weight", rows),
         "sampled_ids": tables.column(batch.rollouts, "response_ids")[flat_k],
         "student_logprob": tables.column(batch.rollouts, "student_logprob")[flat_k],
-        **{name: tables.column(batch.targets, name)[flat_k] for name in _TARGET_COLUMNS},
+        **support(batch, flat_k),
     }
     for name, values in flat_columns.items():
         columns[name] = tables.list_array(values, offsets, schema.field(name).type)
     return tables.build(schema, columns)
+
+
+def _support(batch: _Batch, flat_k: IntArray) -> dict[str, npt.NDArray[Any]]:
+    names = ("support_ids", "teacher_logprobs", "teacher_tail_logprob")
+    return {name: tables.column(batch.targets, name)[flat_k] for name in names}
+
+
+def _sampled_support(batch: _Batch, flat_k: IntArray) -> dict[str, npt.NDArray[Any]]:
+    """The sampled token as a support of width 1."""
+    logprob_k = tables.column(batch.targets, "teacher_sampled_logprob")[flat_k]
+    with np.errstate(divide="ignore"):  # a teacher that is sure leaves a tail of -inf
+        tail_k = np.log1p(-np.exp(np.minimum(logprob_k, 0.0), dtype=np.float64))
+    return {
+        "support_ids": tables.column(batch.rollouts, "response_ids")[flat_k, None],
+        "teacher_logprobs": logprob_k[:, None],
+        "teacher_tail_logprob": tail_k.astype(np.float32),
+    }
 
 
 def _inputs(batch: _Batch, rows: IntArray) -> tuple[npt.NDArray[np.int32], IntArray, IntArray]:

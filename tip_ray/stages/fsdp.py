@@ -54,9 +54,11 @@ class KeptStudent(nn.Module):
             kind=self._loss.kind,
             chunk_rows=LOSS_CHUNK_ROWS,
             teacher_tail_logprob_N=batch.teacher_tail_N,
+            student_logprob_N=batch.student_logprob_N,
             sampled_ids_N=batch.sampled_ids_N,
             tail_floor_nats=self._loss.tail_floor_nats,
             beta=self._loss.beta,
+            clip=self._loss.clip,
             vocab_size=self._vocab_size,
         )
 
