@@ -66,7 +66,7 @@ def status_rows(found: RunStatus, directory: str, now: float) -> list[tuple[str,
         ("step", f"{found.step}/{found.steps}"),
         ("for", duration(until - found.started_at)),
         ("loss", "-" if found.loss is None else f"{found.loss:.4f}"),
-        ("accuracy", f"{percent(found.accuracy)} ({percent(found.initial_accuracy)} at first)"),
+        ("accuracy", _accuracy(found)),
         ("kept", percent(found.kept_fraction)),
         ("to learner", f"{size(found.bytes_shipped)} of {size(found.bytes_unpruned)} unpruned"),
         ("directory", shortest(directory)),
@@ -80,6 +80,12 @@ def status_rows(found: RunStatus, directory: str, now: float) -> list[tuple[str,
     rows += [(name, str(count)) for name, count in counts.items() if count]
     rows += [("waits for", found.waiting_for)] if found.waiting_for else []
     return rows + ([("error", found.error)] if found.error else [])
+
+
+def _accuracy(found: RunStatus) -> str:
+    if found.accuracy is None:
+        return percent(None)
+    return f"{percent(found.accuracy)} ({percent(found.initial_accuracy)} at first)"
 
 
 def status_styles(found: RunStatus, now: float) -> dict[str, str]:
