@@ -243,13 +243,13 @@ def test_new_weights_give_a_new_version(fixture: str, request: pytest.FixtureReq
         answer=[row["answer"] for row in problems],
     )
     try:
-        assert column(one.evaluate(table, entry), "score").mean() < 0.7
+        assert column(evaluated(one, table, entry), "score").mean() < 0.7
         assert one.load_weights(3, *groups(teacher)) == 3
         headers, tables = run(one, prompts())
         assert {header.weight_version for header in headers} == {3}
         assert {row["weight_version"] for row in by_key(tables).values()} == {3}
         assert "version 3" in one.ping()
-        assert column(one.evaluate(table, entry), "score").mean() > 0.9
+        assert column(evaluated(one, table, entry), "score").mean() > 0.9
     finally:
         one.load_weights(0, *groups(old))
 
@@ -260,6 +260,12 @@ def groups(model: torch.nn.Module) -> list[WeightGroup]:
     return [WeightGroup.pack(dict(named[at : at + 2])) for at in range(0, len(named), 2)]
 
 
+def evaluated(one: RolloutActor, problems: pa.Table, entry: EvaluationSpec) -> pa.Table:
+    """All ANSWERS, in the order of their keys."""
+    answers = concat([part for part in one.evaluate(problems, entry) if part is not None], ANSWERS)
+    return answers.sort_by([("slot", "ascending"), ("sample_index", "ascending")]).combine_chunks()
+
+
 def test_evaluation_scores_the_decoded_text(rollout: RolloutActor) -> None:
     """Answers are what the student writes: then every row is right, and with others none."""
     greedy = by_key(run(actor("transformers", temperature=0.0), prompts(samples=1))[1])
@@ -268,22 +274,23 @@ def test_evaluation_scores_the_decoded_text(rollout: RolloutActor) -> None:
         for slot in range(len(PROBLEMS))
     ]
     entry = EvaluationSpec(name="sums", source="demo:carry-eval", max_response_tokens=40)
-    right = rollout.evaluate(prompts(samples=1, answer=texts), entry)
+    right = evaluated(rollout, prompts(samples=1, answer=texts), entry)
     assert conform(right, ANSWERS, full=True).equals(right)
     assert column(right, "score").tolist() == [1.0] * len(PROBLEMS)
     assert keys(right) == keys(prompts(samples=1))
     assert column(right, "response_tokens").tolist() == [
         len(greedy[5, slot, 0]["response_ids"]) for slot in range(len(PROBLEMS))
     ]
-    wrong = rollout.evaluate(prompts(samples=1, answer=[text + "1" for text in texts]), entry)
+    wrong = evaluated(rollout, prompts(samples=1, answer=[text + "1" for text in texts]), entry)
     assert column(wrong, "score").tolist() == [0.0] * len(PROBLEMS)
-    number = rollout.evaluate(
+    number = evaluated(
+        rollout,
         prompts(samples=1, answer=[text.split("*")[-1] for text in texts]),
         EvaluationSpec(name="sums", source="x", scorer="last_number", max_response_tokens=40),
     )
     assert column(number, "score").tolist() == [1.0] * len(PROBLEMS)
-    short = rollout.evaluate(
-        prompts(samples=1), EvaluationSpec(name="sums", source="x", max_response_tokens=2)
+    short = evaluated(
+        rollout, prompts(samples=1), EvaluationSpec(name="sums", source="x", max_response_tokens=2)
     )
     assert column(short, "truncated").tolist() == [1] * len(PROBLEMS)
     assert column(right, "truncated").sum() < len(PROBLEMS)
@@ -291,20 +298,30 @@ def test_evaluation_scores_the_decoded_text(rollout: RolloutActor) -> None:
 
 def test_evaluations_at_different_steps_are_paired(rollout: RolloutActor) -> None:
     entry = EvaluationSpec(name="a", source="x", temperature=9.0, samples=4)  # lengths tell
-    first = rollout.evaluate(prompts(step=0), entry)
-    later = rollout.evaluate(prompts(step=10), entry)
-    other = rollout.evaluate(prompts(step=0), entry.model_copy(update={"name": "b"}))
+    first = evaluated(rollout, prompts(step=0), entry)
+    later = evaluated(rollout, prompts(step=10), entry)
+    other = evaluated(rollout, prompts(step=0), entry.model_copy(update={"name": "b"}))
     tokens = [column(one, "response_tokens").tolist() for one in (first, later, other)]
     assert tokens[0] == tokens[1]
     assert tokens[0] != tokens[2]
 
 
+def test_evaluation_shows_progress(rollout: RolloutActor) -> None:
+    """The pool's deadline is for one item: a whole evaluation may take longer than that."""
+    entry = EvaluationSpec(name="sums", source="x", temperature=9.0)  # lengths differ
+    items = list(rollout.evaluate(prompts(), entry))
+    parts = items[::2]
+    assert len(parts) > 1
+    assert items[1::2] == [None] * len(parts)
+    assert sorted(key for part in parts for key in keys(part)) == sorted(keys(prompts()))
+
+
 def test_evaluation_refuses_rows_that_cannot_be_scored(rollout: RolloutActor) -> None:
     entry = EvaluationSpec(name="sums", source="x")
     with pytest.raises(DataError, match=r"evaluation sums: prompt uid-0: no reference answer"):
-        rollout.evaluate(prompts(answer=[None] * 24), entry)
+        evaluated(rollout, prompts(answer=[None] * 24), entry)
     with pytest.raises(DataError, match=r"evaluation sums: prompt uid-0: the prompt is empty"):
-        rollout.evaluate(prompts(texts=("",)), entry)
+        evaluated(rollout, prompts(texts=("",)), entry)
 
 
 def test_leaving_early_leaves_the_engine_usable(real: RolloutActor) -> None:

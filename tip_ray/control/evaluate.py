@@ -46,13 +46,24 @@ class Evaluator:
         began = time.monotonic()
         table = self._problems[entry.name]
         shards = np.array_split(np.arange(table.num_rows), len(self._pool))
-        calls = [
-            self._pool.call("evaluate", table.take(rows), entry, returns=1)
-            for rows in shards
-            if len(rows)
-        ]
-        answers = tables.concat([one.header for one in await together(*calls)], tables.ANSWERS)
+        parts = await together(
+            *(self._answer(table.take(rows), entry) for rows in shards if len(rows))
+        )
+        answers = tables.concat([one for part in parts for one in part], tables.ANSWERS)
         return summarize(entry, step, answers, time.monotonic() - began)
+
+    async def _answer(self, problems: pa.Table, entry: EvaluationSpec) -> list[pa.Table]:
+        """ANSWERS of one replica's share, as they come; what is lost is asked for again."""
+        answers: list[pa.Table] = []
+
+        def remaining() -> tuple[pa.Table, EvaluationSpec] | None:
+            done = {key for part in answers for key in tables.keys(part)}
+            rows = [row for row, key in enumerate(tables.keys(problems)) if key not in done]
+            return (problems.take(rows), entry) if rows else None
+
+        async for answer in self._pool.stream("evaluate", remaining):
+            answers.append(answer.header)  # noqa: PERF401 - remaining() looks meanwhile
+        return answers
 
 
 def summarize(

@@ -136,10 +136,12 @@ class RolloutActor:
             yield _header(nothing, [], self._version, 0.0, quarantined)
             yield nothing
 
-    def evaluate(self, prompts: pa.Table, entry: EvaluationSpec) -> pa.Table:
-        """ANSWERS: one response a row of `prompts`, decoded and scored against `answer`.
+    def evaluate(self, prompts: pa.Table, entry: EvaluationSpec) -> Iterator[pa.Table | None]:
+        """ANSWERS, each followed by None: responses decoded and scored against `answer`.
 
-        Seeds do not depend on the step, so evaluations at different steps are paired.
+        They are handed on as they finish, a row of `prompts` once, so that a long evaluation
+        shows progress; the pool's streams come in pairs, and here nothing heavy follows. Seeds do
+        not depend on the step, so evaluations at different steps are paired.
 
         Raises:
             TableError: `prompts` is not a PROMPTS table.
@@ -164,10 +166,19 @@ class RolloutActor:
             )
             for row, ((_, slot, sample_index), ids) in good.items()
         ]
-        finished = [one for batch in self._engine.generate(requests) for one in batch]
-        finished.sort(key=lambda one: one.index)
+        with closing(_grouped(self._engine.generate(requests))) as batches:
+            for finished, _ in batches:
+                yield self._answers(prompts, finished, entry)
+                yield None
+
+    def _answers(
+        self, prompts: pa.Table, finished: Sequence[Finished], entry: EvaluationSpec
+    ) -> pa.Table:
+        """ANSWERS of `finished`, each with the key of its row in `prompts`."""
+        rows = prompts.take(pa.array([one.index for one in finished], pa.int64()))
         score, texts = scorer(entry.scorer), self._texts(finished)
-        columns: dict[str, Any] = {name: prompts.column(name) for name in KEY_COLUMNS}
+        answers = rows.column("answer").to_pylist()
+        columns: dict[str, Any] = {name: rows.column(name) for name in KEY_COLUMNS}
         columns["score"] = [float(score(*pair)) for pair in zip(texts, answers, strict=True)]
         columns["response_tokens"] = [len(one.response_ids) for one in finished]
         columns["truncated"] = [int(one.finish_reason == "length") for one in finished]
