@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +22,15 @@ from tip_ray.stages.teacher import TeacherActor
 FLOOR = -30.0
 STUDENT_ROWS, TEACHER_ROWS = 29, 32  # padded heads of different sizes
 V = 29
+CLOSE_NATS = 2e-4  # two trunks, float32
+# vLLM's attention on the CPU needs heads of 32.
+VLLM_LLAMA: dict[str, Any] = {
+    "kind": "llama",
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "vocab_size": 32,
+    "max_position_embeddings": 8192,
+}
 # (prompt, response) tokens of each row
 LENGTHS = ((3, 5), (1, 1), (9, 12), (4, 0), (2, 7), (6, 3), (1, 12))
 
@@ -151,3 +161,21 @@ def check_against_dense(table: pa.Table, k: int, teacher: str, scores: Any, targ
         close(scores, "teacher_entropy", entropy_N.numpy() * mask_N)
         close(scores, "student_entropy", np.array(given["student_entropy"]) * mask_N)
         assert row_values(scores, "loss_mask", row).tolist() == given["loss_mask"]
+
+
+def assert_same(ours: tuple[Any, ...], theirs: tuple[Any, ...]) -> None:
+    """Every column of SCORES and of TARGETS, with the same rows in the same order."""
+    for one, other in zip(ours[1:], theirs[1:], strict=True):
+        assert one.schema == other.schema
+        assert one.num_rows > 0
+        assert tables.keys(one) == tables.keys(other)
+        for name in one.schema.names[len(tables.KEY_COLUMNS) :]:
+            found, expected = tables.column(one, name), tables.column(other, name)
+            if np.issubdtype(found.dtype, np.integer):
+                assert (found == expected).all(), name
+            np.testing.assert_allclose(found, expected, rtol=0, atol=CLOSE_NATS, err_msg=name)
+    header, expected = ours[0], theirs[0]
+    assert header.keys == expected.keys
+    assert header.quarantined == expected.quarantined == ()
+    assert header.loss_tokens == expected.loss_tokens
+    assert header.teacher_mass_sum == pytest.approx(expected.teacher_mass_sum, rel=1e-4)
