@@ -55,6 +55,7 @@ class Job:
         self.overrides = {**SMALL, **overrides}
         self._root, self._address = root, address
         self._environment = {"RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+        self._environment["RAY_worker_niceness"] = "0"  # a busy machine starves nice workers
         self._environment |= environment or {}
         self.output = root / f"{run_id}.txt"
         self.process: subprocess.Popen[bytes] | None = None

@@ -12,7 +12,7 @@ from ray.cluster_utils import Cluster
 
 NODES, CPUS_A_NODE = 3, 3  # one node less still holds the five CPUs of a run
 # Even small tables then lie on their node, as the large ones of a real run do.
-SMALL_OBJECTS = {"RAY_max_direct_call_object_size": "1000"}
+SMALL_OBJECTS = {"RAY_max_direct_call_object_size": "1000", "RAY_worker_niceness": "0"}
 
 
 class Nodes:
