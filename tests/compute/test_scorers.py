@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import math
+import sys
+import types
+
 import pytest
 
 from tip_ray.compute.scorers import exact, last_number, scorer
@@ -58,5 +62,55 @@ def test_last_number_wrong(response, answer):
 def test_lookup_by_name():
     assert scorer("exact") is exact
     assert scorer("last_number") is last_number
-    with pytest.raises(SpecError, match=r"math.*exact \| last_number"):
-        scorer("math")
+    with pytest.raises(SpecError, match=r"reward\.scorer.*maths.*exact \| last_number \| math"):
+        scorer("maths", "reward.scorer")
+
+
+# --- mathematics
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "right"),
+    [
+        (r"so $\boxed{\frac{1}{2}}$", "0.5", 1.0),
+        (r"it is \boxed{\frac12}", r"\frac{1}{2}", 1.0),
+        (r"\boxed{x+1}", "1+x", 1.0),
+        (r"thus $\boxed{3\sqrt{2}}$", r"3\sqrt{2}", 1.0),
+        (r"thus $\boxed{3}$", r"3\sqrt{2}", 0.0),
+        (r"$\boxed{(1,2)}$", "(1,2)", 1.0),
+        ("the answer is 42", "#### 42", 1.0),
+        (r"first 42, then \boxed{41}", "42", 0.0),
+        ("no idea", "3", 0.0),
+        ("", "3", 0.0),
+    ],
+)
+def test_math(response, answer, right):
+    pytest.importorskip("math_verify")
+    assert scorer("math")(response, answer) == right
+
+
+def test_math_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(SpecError, match="pip install math-verify"):
+        scorer("math", "reward.scorer")
+
+
+# --- the user's own
+
+
+def test_a_scorer_of_the_users_own(monkeypatch):
+    module = types.ModuleType("made_up_scorers")
+    monkeypatch.setitem(sys.modules, "made_up_scorers", module)
+    module.length = lambda response, answer: len(response) / len(answer)
+    assert scorer("made_up_scorers:length")("ab", "abcd") == 0.5
+    with pytest.raises(SpecError, match="raised ZeroDivisionError"):
+        scorer("made_up_scorers:length")("ab", "")
+    module.wrong = lambda response, _: response or None
+    for response in ("word", ""):
+        with pytest.raises(SpecError, match=r"reward\.scorer.*a finite number"):
+            scorer("made_up_scorers:wrong", "reward.scorer")(response, "1")
+    module.nothing = lambda *_: math.nan
+    with pytest.raises(SpecError, match="answered nan"):
+        scorer("made_up_scorers:nothing")("1", "1")
+    with pytest.raises(SpecError, match="no_such_package"):
+        scorer("no_such_package:length")

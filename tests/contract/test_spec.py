@@ -167,6 +167,8 @@ def test_required_fields_are_required(path: str) -> None:
         ("selection.rule", "rules.py:best rule", "package.module:function"),
         ("selection.quadrant_quantiles", [0.5], "quadrant_quantiles"),
         ("loss.kind", "kl", "'reverse_kl'"),
+        ("reward.scorer", "right", "one of exact, last_number, math"),
+        ("evaluation.0.scorer", "maths", "package.module:function"),
         ("loss.tail_floor_nats", 0.0, "less than 0"),
         ("student.dtype", "int8", "'bfloat16'"),
         ("learner.lr", float("nan"), "finite"),
@@ -203,10 +205,6 @@ def test_an_unknown_key_is_named_before_what_it_leaves_missing() -> None:
     ("path", "value"),
     [
         ("teacher.targets", "hidden"),
-        ("loss.reward_weight", 1.0),
-        ("loss.sample_weight", "pass_rate"),
-        ("reward.scorer", "exact"),
-        ("evaluation.0.scorer", "math"),
         ("tracking", [{"kind": "wandb"}]),
     ],
 )
@@ -273,6 +271,17 @@ def test_inclusion_needs_a_rule_that_draws() -> None:
         error = refusal({**REQUIRED, "selection": {"rule": rule, "reweight": "inclusion"}})
         assert error.field == "selection.reweight"
         assert "entropy_sample | random" in str(error)
+
+
+def test_weights_by_reward_need_rewards() -> None:
+    for field, value in (("reward_weight", 2.0), ("sample_weight", "pass_rate")):
+        raw = {**REQUIRED, "loss": {field: value}}
+        error = refusal(raw)
+        assert error.field == "reward.scorer"
+        assert f"loss.{field}" in str(error)
+        parse_spec({**raw, "reward": {"scorer": "package.module:function"}})
+    alone = {**raw, "reward": {"scorer": "exact"}, "rollout": {"samples_per_prompt": 1}}
+    assert refusal(alone).field == "rollout.samples_per_prompt"
 
 
 def test_policy_gradient_needs_samples_of_the_student_itself() -> None:

@@ -12,10 +12,11 @@ import torch
 
 from tests.stages.rollout_toys import reference_model
 from tip_ray import demo
+from tip_ray.compute.scorers import last_number
 from tip_ray.contract.errors import DataError, SpecError, TableError
 from tip_ray.contract.headers import RolloutHeader
 from tip_ray.contract.seeds import derive_seed
-from tip_ray.contract.spec import EvaluationSpec, RolloutSpec, StudentSpec
+from tip_ray.contract.spec import EvaluationSpec, RewardSpec, RolloutSpec, StudentSpec
 from tip_ray.contract.tables import (
     ANSWERS,
     PROMPTS,
@@ -38,10 +39,11 @@ VOCAB, K, EOS, MAX_TOKENS, SEED = 15, 6, (14,), 64, 3
 PROBLEMS = ("27+18=", "127+218=", "99+11=", "305+512=", "64+88=", "10+10=")
 
 
-def actor(engine: str, **changes: Any) -> RolloutActor:
+def actor(engine: str, reward: str | None = None, **changes: Any) -> RolloutActor:
     settings = {"engine": engine, "max_response_tokens": 40, **changes}
     student = StudentSpec(model=MODEL, dtype="float32")
-    return RolloutActor(student, RolloutSpec(**settings), PATH, VOCAB, K, EOS, MAX_TOKENS, SEED)
+    sizes = (PATH, VOCAB, K, EOS, MAX_TOKENS, SEED)
+    return RolloutActor(student, RolloutSpec(**settings), *sizes, RewardSpec(scorer=reward))
 
 
 @pytest.fixture(scope="module")
@@ -322,6 +324,25 @@ def test_evaluation_refuses_rows_that_cannot_be_scored(rollout: RolloutActor) ->
         evaluated(rollout, prompts(answer=[None] * 24), entry)
     with pytest.raises(DataError, match=r"evaluation sums: prompt uid-0: the prompt is empty"):
         evaluated(rollout, prompts(texts=("",)), entry)
+
+
+def test_rewards_stand_in_header_and_table() -> None:
+    scored = actor("transformers", reward="last_number", temperature=0.0)
+    sums = [str(sum(map(int, text[:-1].split("+")))) for text in PROBLEMS]
+    answers = [sums[slot] for slot in range(len(PROBLEMS)) for _ in range(2)]
+    answers[3] = None
+    headers, tables = run(scored, prompts(samples=2, answer=answers))
+    (lost,) = headers[0].quarantined
+    assert (lost.key, lost.reason) == ((5, 1, 1), "no reference answer to reward")
+    rewards = {key: row["reward"] for key, row in by_key(tables).items()}
+    said = {
+        key: "".join(CHARACTERS[one] for one in row["response_ids"] if one not in EOS)
+        for key, row in by_key(tables).items()
+    }
+    assert rewards == {key: last_number(text, sums[key[1]]) for key, text in said.items()}
+    assert set(rewards.values()) == {0.0, 1.0}
+    for header, table in zip(headers, tables, strict=True):
+        assert list(header.rewards) == table.column("reward").to_pylist()
 
 
 def test_leaving_early_leaves_the_engine_usable(real: RolloutActor) -> None:

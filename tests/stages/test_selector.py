@@ -27,12 +27,14 @@ def selector(
     samples: int = 2,
     normalize: str = "token",
     retention: float = 0.5,
+    reward_weight: float = 0.0,
+    sample_weight: str = "none",
     **more: object,
 ) -> SelectorActor:
     options = more if rule == "all" else {"retention": retention, **more}
     return SelectorActor(
         SelectionSpec(rule=rule, **options),
-        LossSpec(normalize=normalize),
+        LossSpec(normalize=normalize, reward_weight=reward_weight, sample_weight=sample_weight),
         vocab_size=VOCAB,
         ranks=ranks,
         samples=samples,
@@ -75,7 +77,7 @@ def made() -> MadeStep:
 
 
 def test_soft_or_keeps_what_the_formulas_say(made: MadeStep) -> None:
-    header, keep = selector().select(row_tokens(made.rollouts), None, made.scores)
+    header, keep = selector().select(row_tokens(made.rollouts), {}, None, made.scores)
     expected = reference_kept(made, 0.5)
     found = dict(zip(tables.keys(keep), keep.column("kept").to_pylist(), strict=True))
     assert found == expected
@@ -87,13 +89,15 @@ def test_soft_or_keeps_what_the_formulas_say(made: MadeStep) -> None:
 def test_order_and_sharding_of_scores_change_nothing(made: MadeStep, rule: str) -> None:
     shuffled = made.scores.take(np.random.default_rng(1).permutation(made.scores.num_rows))
     parts = [shuffled.slice(0, 5), shuffled.slice(5)]
-    one = selector(rule).select(row_tokens(made.rollouts), None, made.scores)[1]
-    many = selector(rule).select(row_tokens(made.rollouts), None, *parts, made.scores.slice(2, 1))
+    one = selector(rule).select(row_tokens(made.rollouts), {}, None, made.scores)[1]
+    many = selector(rule).select(
+        row_tokens(made.rollouts), {}, None, *parts, made.scores.slice(2, 1)
+    )
     assert many[1].equals(one)
 
 
 def test_masked_tokens_are_never_kept_and_have_no_quadrant(made: MadeStep) -> None:
-    _, keep = selector("all").select(row_tokens(made.rollouts), None, made.scores)
+    _, keep = selector("all").select(row_tokens(made.rollouts), {}, None, made.scores)
     for kept, quadrant, mask in zip(
         keep.column("kept").to_pylist(),
         keep.column("quadrant").to_pylist(),
@@ -111,7 +115,7 @@ def teachers_doubt(columns: Columns) -> np.ndarray:
 
 def test_a_users_rule_reads_the_columns_of_scores(made: MadeStep) -> None:
     rule = f"{__name__}:teachers_doubt"
-    _, keep = selector(rule).select(row_tokens(made.rollouts), None, made.scores)
+    _, keep = selector(rule).select(row_tokens(made.rollouts), {}, None, made.scores)
     for kept, row in zip(keep.column("kept").to_pylist(), made.scores.to_pylist(), strict=True):
         loss = [position for position, mask in enumerate(row["loss_mask"]) if mask]
         count = max(len(loss) // 2, min(1, len(loss)))
@@ -126,7 +130,7 @@ def test_a_users_rule_that_is_not_there_is_refused_at_once() -> None:
 
 def test_prefix_needs_inputs_up_to_its_last_token_only(made: MadeStep) -> None:
     asked = row_tokens(made.rollouts)
-    _, keep = selector("prefix").select(asked, None, made.scores)
+    _, keep = selector("prefix").select(asked, {}, None, made.scores)
     _, _, selected = cut(1, keep, made.scores, made.targets, made.rollouts)
     rollout = dict(zip(tables.keys(made.rollouts), made.rollouts.to_pylist(), strict=True))
     mask = dict(zip(tables.keys(made.scores), made.scores.to_pylist(), strict=True))
@@ -141,7 +145,7 @@ def test_inverse_inclusion_weights_divide_by_all_loss_tokens(
     made: MadeStep, normalize: str
 ) -> None:
     chosen = selector("random", retention=0.25, normalize=normalize, reweight="inclusion")
-    _, keep = chosen.select(row_tokens(made.rollouts), None, made.scores)
+    _, keep = chosen.select(row_tokens(made.rollouts), {}, None, made.scores)
     loss = [sum(mask) for mask in made.scores.column("loss_mask").to_pylist()]
     rows = sum(count > 0 for count in loss)
     for count, row in zip(loss, keep.column("weight").to_pylist(), strict=True):
@@ -151,7 +155,7 @@ def test_inverse_inclusion_weights_divide_by_all_loss_tokens(
 
 @pytest.mark.parametrize("normalize", ["token", "rollout"])
 def test_weights_hold_the_normalisation(made: MadeStep, normalize: str) -> None:
-    _, keep = selector(normalize=normalize).select(row_tokens(made.rollouts), None, made.scores)
+    _, keep = selector(normalize=normalize).select(row_tokens(made.rollouts), {}, None, made.scores)
     weights = [row for row in keep.column("weight").to_pylist() if row]
     total = sum(map(len, weights))
     for row in weights:
@@ -159,18 +163,45 @@ def test_weights_hold_the_normalisation(made: MadeStep, normalize: str) -> None:
         assert row == pytest.approx([expected] * len(row))
 
 
+@pytest.mark.parametrize("normalize", ["token", "rollout"])
+def test_rewards_weigh_rollouts_and_divisors_still_count(made: MadeStep, normalize: str) -> None:
+    asked = row_tokens(made.rollouts)
+    plain = selector(normalize=normalize).select(asked, {}, None, made.scores)[1]
+    weighed = selector(normalize=normalize, reward_weight=2.0)
+    rewards = {key: float(key[2]) for key in asked}  # the second sample of each prompt passed
+    keep = weighed.select(asked, rewards, None, made.scores)[1]
+    share = 2 / (1 + math.exp(-2.0))
+    for key, before, after in zip(
+        tables.keys(keep),
+        plain.column("weight").to_pylist(),
+        keep.column("weight").to_pylist(),
+        strict=True,
+    ):
+        factor = share if key[2] else 2 - share
+        assert after == pytest.approx([factor * one for one in before])
+    with pytest.raises(TableError, match="no reward of"):
+        weighed.select(asked, {}, None, made.scores)
+
+
+def test_a_step_whose_prompts_all_pass_weighs_nothing(made: MadeStep) -> None:
+    asked = row_tokens(made.rollouts)
+    chosen = selector(sample_weight="pass_rate")
+    _, keep = chosen.select(asked, dict.fromkeys(asked, 1.0), None, made.scores)
+    assert not tables.column(keep, "weight").any()
+
+
 def test_frozen_thresholds_are_those_of_the_first_step(made: MadeStep) -> None:
-    first, _ = selector().select(row_tokens(made.rollouts), None, made.scores)
+    first, _ = selector().select(row_tokens(made.rollouts), {}, None, made.scores)
     assert first.frozen_shares == first.quadrant_shares
     given = QuadrantThresholds(entropy=2.0, divergence=5.0)  # nothing is above them
-    later, _ = selector().select(row_tokens(made.rollouts), given, made.scores)
+    later, _ = selector().select(row_tokens(made.rollouts), {}, given, made.scores)
     assert later.frozen_shares == (0.0, 0.0, 0.0, 1.0)
     assert later.frozen_thresholds == given
     assert later.quadrant_shares == first.quadrant_shares
 
 
 def test_rows_are_balanced_over_ranks_by_the_inputs_they_need(made: MadeStep) -> None:
-    _, keep = selector(ranks=3).select(row_tokens(made.rollouts), None, made.scores)
+    _, keep = selector(ranks=3).select(row_tokens(made.rollouts), {}, None, made.scores)
     loads = [0, 0, 0]
     longest = 0
     for row, made_row in zip(keep.to_pylist(), made.rollouts.to_pylist(), strict=True):
@@ -186,15 +217,15 @@ def test_rows_are_balanced_over_ranks_by_the_inputs_they_need(made: MadeStep) ->
 def test_missing_and_unasked_scores_are_refused(made: MadeStep) -> None:
     asked = row_tokens(made.rollouts)
     with pytest.raises(TableError, match="no scores of"):
-        selector().select(asked, None, made.scores.slice(1))
+        selector().select(asked, {}, None, made.scores.slice(1))
     asked.pop((1, 0, 0))
     with pytest.raises(TableError, match="unasked"):
-        selector().select(asked, None, made.scores)
+        selector().select(asked, {}, None, made.scores)
 
 
 @pytest.fixture
 def cut_made(made: MadeStep) -> tuple[MadeStep, pa.Table, tuple]:
-    _, keep = selector(ranks=2, samples=3).select(row_tokens(made.rollouts), None, made.scores)
+    _, keep = selector(ranks=2, samples=3).select(row_tokens(made.rollouts), {}, None, made.scores)
     order = np.random.default_rng(2).permutation(made.rollouts.num_rows)
     parts = [made.rollouts.take(order[:4]), made.rollouts.take(order[4:])]
     return made, keep, cut(2, keep, made.scores, made.targets, *parts)
@@ -233,7 +264,7 @@ def test_policy_gradient_gets_the_sampled_token_alone(made: MadeStep) -> None:
     logprobs = [[-1.0 - one for one in row] for row in made.targets.column(place).to_pylist()]
     logprobs[0][0] = 0.0  # a teacher that is sure
     targets = made.targets.set_column(place, field, pa.array(logprobs, type=field.type))
-    _, keep = selector("all").select(row_tokens(made.rollouts), None, made.scores)
+    _, keep = selector("all").select(row_tokens(made.rollouts), {}, None, made.scores)
     header, _, whole = cut(1, keep, made.scores, targets, made.rollouts)
     narrow_header, _, narrow = cut(1, keep, made.scores, targets, made.rollouts, sampled_only=True)
     assert narrow.schema == tables.selected_schema(1)
@@ -267,8 +298,8 @@ def test_samples_are_whole_rows_with_their_kept_tokens_marked(cut_made: tuple) -
 
 def test_bytes_left_out_are_what_keeping_all_would_have_sent(made: MadeStep) -> None:
     asked = row_tokens(made.rollouts)
-    _, half = selector("soft_or").select(asked, None, made.scores)
-    _, whole = selector("all").select(asked, None, made.scores)
+    _, half = selector("soft_or").select(asked, {}, None, made.scores)
+    _, whole = selector("all").select(asked, {}, None, made.scores)
     pruned, *_ = cut(1, half, made.scores, made.targets, made.rollouts)
     all_kept, *_ = cut(1, whole, made.scores, made.targets, made.rollouts)
     assert sum(pruned.selected_bytes) < 0.75 * sum(all_kept.selected_bytes)
@@ -281,7 +312,7 @@ def test_a_step_in_which_nothing_is_kept_still_cuts(made: MadeStep) -> None:
     place = made.scores.schema.get_field_index("loss_mask")
     field = tables.SCORES.field("loss_mask")
     scores = made.scores.set_column(place, field, pa.array(masks, type=field.type))
-    header, keep = selector(ranks=2).select(row_tokens(made.rollouts), None, scores)
+    header, keep = selector(ranks=2).select(row_tokens(made.rollouts), {}, None, scores)
     assert header.kept_tokens == 0
     _, samples, *selected = cut(2, keep, scores, made.targets, made.rollouts)
     assert [table.num_rows for table in selected] == [0, 0]

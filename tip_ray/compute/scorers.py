@@ -1,11 +1,20 @@
-"""Is a response right? A scorer takes (response, answer) and returns 1.0 or 0.0."""
+"""How good is a response? A scorer takes (response, answer) and returns a number, 1.0 if right.
+
+Beside the built-in ones, which return 1.0 or 0.0, `package.module:function` names the user's own.
+"""
 
 from __future__ import annotations
 
+import importlib
+import math as numbers
 import re
+import threading
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
+from typing import Any
 
+from tip_ray.compute.user_function import call_function, load_function
 from tip_ray.contract.errors import SpecError
 
 Scorer = Callable[[str, str], float]
@@ -32,18 +41,57 @@ def last_number(response: str, answer: str) -> float:
     return float(found is not None and found == expected)
 
 
-SCORERS: dict[str, Scorer] = {"exact": exact, "last_number": last_number}
+def math(response: str, answer: str) -> float:
+    """1.0 if both are the same mathematics, by the package math-verify.
+
+    Of the response what it boxes counts, else its last formula or number; the answer is LaTeX.
+    """
+    verifier: Any = importlib.import_module("math_verify")
+    # The package's time limits are signals, which only a main thread can take.
+    limit_s = 5 if threading.current_thread() is threading.main_thread() else None
+    expected = verifier.parse(f"${answer}$", parsing_timeout=limit_s)
+    found = verifier.parse(response, parsing_timeout=limit_s)
+    return float(verifier.verify(expected, found, timeout_seconds=limit_s))
 
 
-def scorer(name: str) -> Scorer:
-    """The scorer of that name.
+SCORERS: dict[str, Scorer] = {"exact": exact, "last_number": last_number, "math": math}
+
+
+def scorer(name: str, field: str = "scorer") -> Scorer:
+    """The scorer of that name, which spec field `field` asks for.
 
     Raises:
-        SpecError: there is none.
+        SpecError: there is none, or it cannot be imported.
     """
+    if ":" in name:
+        return partial(_of_user, load_function(name, field), name, field)
     if name not in SCORERS:
-        raise SpecError("scorer", repr(name), " | ".join(SCORERS), "use one of them")
+        expected = f"{' | '.join(SCORERS)} | package.module:function"
+        raise SpecError(field, repr(name), expected, "use one of them")
+    if name == "math":
+        _check_math_verify(field)
     return SCORERS[name]
+
+
+def _of_user(
+    function: Callable[..., object], path: str, field: str, response: str, answer: str
+) -> float:
+    value = call_function(function, path, field, response, answer)
+    try:
+        score = float(value)
+    except (TypeError, ValueError):
+        score = numbers.nan
+    if not numbers.isfinite(score):
+        raise SpecError(field, f"{path!r} answered {value!r:.60}", "a finite number")
+    return score
+
+
+def _check_math_verify(field: str) -> None:
+    try:
+        importlib.import_module("math_verify")
+    except ImportError:
+        expected = "the package math-verify beside it"
+        raise SpecError(field, "'math'", expected, "pip install math-verify") from None
 
 
 def _last_number(text: str) -> Fraction | None:

@@ -32,6 +32,7 @@ class RolloutHeader:
     table_bytes: int
     busy_s: float  # engine seconds since the batch before
     quarantined: tuple[Quarantined, ...] = ()
+    rewards: tuple[float, ...] = ()  # one a row where the spec has a reward.scorer
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -31,8 +32,18 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["bfloat16", "float16", "float32"]
+SCORERS = ("exact", "last_number", "math")
 USER_FUNCTION = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 Resources = dict[str, PositiveFloat]
+
+
+def _known_scorer(name: str) -> str:
+    if name not in SCORERS and not re.fullmatch(USER_FUNCTION, name):
+        raise ValueError(f"one of {', '.join(SCORERS)} or package.module:function")
+    return name
+
+
+Scorer = Annotated[str, AfterValidator(_known_scorer)]
 
 
 class _Section(BaseModel):
@@ -213,12 +224,13 @@ class LossSpec(_Section):
     reward_weight: NonNegativeFloat = 0.0
     """Inverse temperature of the per-prompt softmax over rewards; 0: off."""
     sample_weight: Literal["none", "pass_rate"] = "none"
+    """Weight rollouts by p (1 - p), p the pass rate of their prompt in the step."""
     tail_floor_nats: Annotated[float, Field(lt=0, allow_inf_nan=False)] = -30.0
     """Floor of both tails' log-mass."""
 
 
 class RewardSpec(_Section):
-    scorer: str | None = None
+    scorer: Scorer | None = None
     """exact | last_number | math | package.module:function."""
 
 
@@ -274,7 +286,7 @@ class EvaluationSpec(_Section):
     max_response_tokens: PositiveInt = 48
     limit: PositiveInt | None = None
     """Use only the first problems."""
-    scorer: str = "exact"
+    scorer: Scorer = "exact"
     """exact | last_number | math | package.module:function."""
 
 
@@ -354,9 +366,6 @@ class RunSpec(_Section):
 # Values whose feature has not landed: field -> (values that work, what to do).
 NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     "teacher.targets": (("topk",), "use topk"),
-    "loss.reward_weight": ((0.0,), "leave it at 0"),
-    "loss.sample_weight": (("none",), "use none"),
-    "reward.scorer": ((None,), "leave it null"),
     "tracking": (((),), "leave it empty"),
 }
 
@@ -375,6 +384,7 @@ def parse_spec(raw: Mapping[str, Any]) -> RunSpec:
         raise _spec_error(error) from None
     _refuse_not_yet(spec)
     _refuse_engine_mismatch(spec.teacher)
+    _refuse_weights_without_rewards(spec)
     if spec.loss.kind == "policy_gradient":
         _refuse_biased_gradient(spec)
     return spec
@@ -393,6 +403,17 @@ def _refuse_engine_mismatch(teacher: TeacherSpec) -> None:
     elif teacher.num_gpus and teacher.num_gpus != teacher.tensor_parallel:
         expected = f"{teacher.num_gpus}, as teacher.num_gpus"
         raise SpecError(path, size, expected, "engine vllm uses every GPU of its replica")
+
+
+def _refuse_weights_without_rewards(spec: RunSpec) -> None:
+    loss, samples = spec.loss, spec.rollout.samples_per_prompt
+    needs = "loss.reward_weight" if loss.reward_weight else "loss.sample_weight pass_rate"
+    if spec.reward.scorer is None and (loss.reward_weight or loss.sample_weight != "none"):
+        cure = f"it is {needs} that needs one"
+        raise SpecError("reward.scorer", "null", f"{' | '.join(SCORERS)}, or your own", cure)
+    if loss.sample_weight == "pass_rate" and samples < 2:
+        expected = "at least 2 with loss.sample_weight pass_rate"
+        raise SpecError("rollout.samples_per_prompt", str(samples), expected)
 
 
 def _refuse_biased_gradient(spec: RunSpec) -> None:
@@ -420,11 +441,6 @@ def _refuse_not_yet(spec: RunSpec) -> None:
         if value not in allowed:
             shown = " | ".join(str(one) for one in allowed)
             raise SpecError(path, repr(value), f"{shown} (not available yet)", cure)
-    scorers = ("exact", "last_number")
-    for index, entry in enumerate(spec.evaluation):
-        if entry.scorer not in scorers:
-            path, expected = f"evaluation[{index}].scorer", " | ".join(scorers)
-            raise SpecError(path, repr(entry.scorer), f"{expected} (not available yet)")
 
 
 def _spec_error(error: ValidationError) -> SpecError:

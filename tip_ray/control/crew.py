@@ -115,6 +115,7 @@ def _rollout(spec: RunSpec, facts: PairFacts, group: PlacementGroup) -> Callable
         eos_ids=facts.eos_ids,
         max_model_tokens=spec.rollout.max_prompt_tokens + longest,
         seed=spec.seed,
+        reward=spec.reward,
     )
 
 

@@ -258,6 +258,7 @@ class Pipeline:
         answer = await self._stages.selector.call(
             "select",
             work.row_tokens,
+            work.rewards,
             self._frozen,
             *(batch.scores for batch in scored),
             returns=2,

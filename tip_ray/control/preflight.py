@@ -9,6 +9,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from tip_ray.compute.rules import find_rule
+from tip_ray.compute.scorers import scorer
 from tip_ray.contract.spec import EvaluationSpec, RunSpec
 from tip_ray.stages.models import load_tokenizer
 from tip_ray.stages.pair_checks import PairFacts, check_pair, describe_first_prompt
@@ -33,6 +34,8 @@ def preflight(spec: RunSpec) -> Preflight:
         UserError: one line with field, found, expected and cure.
     """
     find_rule(spec.selection.rule)
+    for field, name in _scorers(spec).items():
+        scorer(name, field)
     facts = check_pair(spec)
     tokenizer = load_tokenizer(facts.student_path, spec.student.trust_remote_code, "student.model")
     theirs = load_tokenizer(facts.teacher_path, spec.teacher.trust_remote_code, "teacher.model")
@@ -43,9 +46,16 @@ def preflight(spec: RunSpec) -> Preflight:
         seed=spec.seed,
         tokenizer=tokenizer,
         teacher_tokenizer=theirs,
+        answers_required=spec.reward.scorer is not None,
     )
     problems = {entry.name: _problems(spec, entry, tokenizer) for entry in spec.evaluation}
     return Preflight(facts, tokenizer, source, problems, _first_prompt(source, tokenizer, facts))
+
+
+def _scorers(spec: RunSpec) -> dict[str, str]:
+    """Names of scorers by the field that asks for them."""
+    named = {f"evaluation[{i}].scorer": entry.scorer for i, entry in enumerate(spec.evaluation)}
+    return named if spec.reward.scorer is None else {"reward.scorer": spec.reward.scorer, **named}
 
 
 def _problems(spec: RunSpec, entry: EvaluationSpec, tokenizer: Any) -> pa.Table:

@@ -19,6 +19,7 @@ class RolloutWork:
     def __init__(self, step: int, prompts: pa.Table, cursor: Cursor) -> None:
         self.step, self.cursor = step, cursor  # the cursor behind the step's prompts
         self.row_tokens: dict[Key, int] = {}  # prompt and response tokens of what came back
+        self.rewards: dict[Key, float] = {}  # of what came back, where there is a scorer
         self._prompts = prompts
         self._keys = tables.keys(prompts)
         self._quarantined: dict[Key, Quarantined] = {}
@@ -46,6 +47,8 @@ class RolloutWork:
     def received(self, header: RolloutHeader) -> None:
         """Note a batch that came back."""
         self.row_tokens.update(zip(header.keys, header.row_tokens, strict=True))
+        if header.rewards:
+            self.rewards.update(zip(header.keys, header.rewards, strict=True))
         self.quarantine(header.quarantined)
 
     def quarantine(self, items: Iterable[Quarantined]) -> None:
@@ -53,6 +56,7 @@ class RolloutWork:
         for item in items:
             self._quarantined[item.key] = item
             self.row_tokens.pop(item.key, None)
+            self.rewards.pop(item.key, None)
 
     def remaining(self, shard: int, shards: int) -> tuple[pa.Table] | None:
         """PROMPTS that shard `shard` of `shards` has still to make; None when there are none.

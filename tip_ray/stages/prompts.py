@@ -192,9 +192,10 @@ class PromptSource:
         seed: int,
         tokenizer: PreTrainedTokenizerBase,
         teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+        answers_required: bool = False,
     ) -> None:
         self._spec, self._seed, self._samples = prompts, seed, samples_per_prompt
-        renderer = Renderer(prompts, tokenizer, teacher_tokenizer)
+        renderer = Renderer(prompts, tokenizer, teacher_tokenizer, answers_required)
         rows = read_rows(prompts.source)
         self._prompts, self._skipped = _fitting(rows, renderer, max_prompt_tokens, prompts.limit)
         if not self._prompts:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from tip_ray.compute.scorers import scorer
 from tip_ray.contract.errors import DataError, SpecError
 from tip_ray.contract.headers import Quarantined, RolloutHeader
 from tip_ray.contract.seeds import derive_seed
-from tip_ray.contract.spec import EvaluationSpec, RolloutSpec, StudentSpec
+from tip_ray.contract.spec import EvaluationSpec, RewardSpec, RolloutSpec, StudentSpec
 from tip_ray.contract.tables import (
     ANSWERS,
     KEY_COLUMNS,
@@ -57,6 +58,7 @@ class RolloutActor:
         eos_ids: tuple[int, ...],
         max_model_tokens: int,
         seed: int,
+        reward: RewardSpec | None = None,
     ) -> None:
         """Load version 0, the checkpoint directory at `model_path`.
 
@@ -66,13 +68,15 @@ class RolloutActor:
             max_model_tokens: prompt and response of the longest row, evaluation included.
 
         Raises:
-            SpecError: the model cannot be read, `k` is wider than the vocabulary, or
-                rollout.engine_args do not fit the engine.
+            SpecError: the model cannot be read, `k` is wider than the vocabulary,
+                rollout.engine_args do not fit the engine, or reward.scorer cannot be imported.
         """
         if not 1 <= k <= vocab_size:
             raise SpecError("support.k", str(k), f"1 to the vocabulary's {vocab_size} ids")
         torch.set_num_threads(rollout.num_cpus)
         self._student, self._rollout, self._seed = student, rollout, seed
+        scored = reward is not None and reward.scorer is not None
+        self._reward = scorer(reward.scorer, "reward.scorer") if scored else None
         self._config = EngineConfig(
             path=path_on_this_node(model_path, student.model, student.revision, "student.model"),
             dtype=student.dtype,
@@ -112,6 +116,9 @@ class RolloutActor:
         prompts = conform(prompts, PROMPTS)
         limit = self._rollout.max_response_tokens
         good, reasons = self._validate(prompts, limit)
+        if self._reward is not None:
+            reasons |= dict.fromkeys(_unanswered(prompts), "no reference answer to reward")
+            good = {row: one for row, one in good.items() if row not in reasons}
         quarantined = _quarantined(prompts, reasons)
         requests = [
             Request(
@@ -127,8 +134,10 @@ class RolloutActor:
         ]
         with closing(_grouped(self._engine.generate(requests))) as batches:
             for batch, busy_s in batches:
-                table = rollouts_table(prompts, batch, self._version, self._config.k)
-                yield _header(table, batch, self._version, busy_s, quarantined)
+                rewards = self._rewards(prompts, batch)
+                table = rollouts_table(prompts, batch, self._version, self._config.k, rewards)
+                header = _header(table, batch, self._version, busy_s, quarantined)
+                yield replace(header, rewards=tuple(rewards or ()))
                 yield table
                 quarantined = ()
         if quarantined:
@@ -149,8 +158,7 @@ class RolloutActor:
         """
         prompts = conform(prompts, PROMPTS)
         good, reasons = self._validate(prompts, entry.max_response_tokens)
-        answers = prompts.column("answer").to_pylist()
-        reasons |= {row: "no reference answer" for row, one in enumerate(answers) if one is None}
+        reasons |= dict.fromkeys(_unanswered(prompts), "no reference answer")
         for row, reason in sorted(reasons.items()):
             uid = prompts.column("prompt_uid")[row]
             raise DataError(f"evaluation {entry.name}: prompt {uid}: {reason}")
@@ -183,6 +191,14 @@ class RolloutActor:
         columns["response_tokens"] = [len(one.response_ids) for one in finished]
         columns["truncated"] = [int(one.finish_reason == "length") for one in finished]
         return build(ANSWERS, columns)
+
+    def _rewards(self, prompts: pa.Table, finished: Sequence[Finished]) -> list[float] | None:
+        """Of each of `finished`; None without a scorer."""
+        if self._reward is None:
+            return None
+        answers = prompts.column("answer")
+        right = [answers[one.index].as_py() for one in finished]
+        return [self._reward(*pair) for pair in zip(self._texts(finished), right, strict=True)]
 
     def _validate(
         self, prompts: pa.Table, max_response_tokens: int
@@ -237,7 +253,11 @@ def make_engine(name: str, config: EngineConfig) -> Engine:
 
 
 def rollouts_table(
-    prompts: pa.Table, finished: Sequence[Finished], version: int, k: int
+    prompts: pa.Table,
+    finished: Sequence[Finished],
+    version: int,
+    k: int,
+    rewards: Sequence[float] | None = None,
 ) -> pa.Table:
     """ROLLOUTS of `finished`, each with the key and prompt of its row in `prompts`."""
     schema = rollouts_schema(k)
@@ -265,7 +285,7 @@ def rollouts_table(
         ),
         "weight_version": [version] * len(finished),
         "finish_reason": [one.finish_reason for one in finished],
-        "reward": [None] * len(finished),
+        "reward": rewards or [None] * len(finished),
     }
     return build(schema, columns)
 
@@ -290,6 +310,11 @@ def _grouped(
                 rows, started = [], time.perf_counter()
     if rows:
         yield rows, time.perf_counter() - started
+
+
+def _unanswered(prompts: pa.Table) -> list[int]:
+    answers = prompts.column("answer").to_pylist()
+    return [row for row, one in enumerate(answers) if one is None]
 
 
 def _quarantined(prompts: pa.Table, reasons: dict[int, str]) -> tuple[Quarantined, ...]:

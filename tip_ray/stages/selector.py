@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from tip_ray.compute.rewards import rollout_weights
 from tip_ray.compute.rules import find_rule, quantile_lower
 from tip_ray.compute.selection import (
     balance_rows,
@@ -80,6 +81,7 @@ class SelectorActor:
     def select(
         self,
         row_tokens: Mapping[Key, int],
+        rewards: Mapping[Key, float],
         frozen: QuadrantThresholds | None,
         *scores: pa.Table,
     ) -> tuple[SelectionHeader, pa.Table]:
@@ -87,6 +89,7 @@ class SelectorActor:
 
         Args:
             row_tokens: prompt and response tokens of every rollout that must be decided on.
+            rewards: of every such rollout, where loss.reward_weight or loss.sample_weight asks.
             frozen: thresholds of step 1; None at step 1, whose own become the frozen ones.
             scores: SCORES tables in any order; repeats of a key are dropped.
 
@@ -114,12 +117,28 @@ class SelectorActor:
             self._loss.normalize,
             divide_by="all" if self._selection.reweight == "inclusion" else "kept",
         )
+        coefficient_N *= self._rollout_weights(step, rewards)
         quantiles = self._selection.quadrant_quantiles
         own = quadrant_thresholds(step.entropy, step.reverse_kl, quantiles)
         quadrant_N = quadrants(step.entropy, step.reverse_kl, own.entropy, own.divergence)
         keep = self._keep_table(step, keep_N, coefficient_N, quadrant_N, row_tokens)
         header = self._header(step, int(keep_N.sum()), quadrant_N, frozen or own, keep, began)
         return header, keep
+
+    def _rollout_weights(self, step: _Step, rewards: Mapping[Key, float]) -> FloatArray:
+        """[N] what each token's rollout weighs; divisors count tokens, whatever they weigh."""
+        loss, keys = self._loss, tables.keys(step.table)
+        if loss.reward_weight == 0 and loss.sample_weight == "none":
+            return np.ones(len(step.entropy), np.float32)
+        unknown = [key for key in keys if key not in rewards]
+        if unknown:
+            raise TableError(
+                f"no reward of (step, slot, sample_index) {unknown[0]}; every rollout needs one"
+            )
+        weight_R = rollout_weights(
+            loss, [rewards[key] for key in keys], [slot for _, slot, _ in keys]
+        )
+        return np.repeat(weight_R, np.diff(step.loss_offsets)).astype(np.float32)
 
     def _read(self, table: pa.Table) -> _Step:
         offsets = tables.offsets(table, "loss_mask")
