@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import signal
@@ -28,6 +29,7 @@ from tests.faults.nodes import SMALL_OBJECTS, Nodes
 
 STEPS = 40
 LAST_STEPS = 6  # so close to its end a run is left alone: nobody would miss what is killed
+SCENE_S = 180.0  # of faults; then the run may end in peace, and another begins
 RECOVERY_S = 150.0
 STAGES = {
     "rollout": "RolloutActor",
@@ -157,6 +159,7 @@ class Chaos:
         bag: list[str] = []
         thrown: set[str] = set()
         job.wait_for(lambda: job.running(step=1), START_S)
+        deadline = min(deadline, time.monotonic() + SCENE_S)
         while time.monotonic() < deadline:
             time.sleep(self._draw.uniform(0, 2.5))
             status = job.status()
@@ -215,9 +218,10 @@ class Chaos:
             nodes.add_one()
         else:
             signum = signal.SIGKILL if what == "kill" else signal.SIGSTOP
-            victim = send(STAGES.get(where, where), signum, self._draw)
+            root = job.process.pid if nodes is None else os.getpid()
+            victim = send(STAGES.get(where, where), root, signum, self._draw)
             if victim is None and where == "cut":
-                victim = send("IDLE", signum, self._draw)
+                victim = send("IDLE", root, signum, self._draw)  # the next cut runs there
             if victim is None:
                 return None
 

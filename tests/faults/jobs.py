@@ -26,13 +26,18 @@ from tip_ray.control.run_reader import RunReader
 LOOK_EVERY_S = 0.05
 START_S = 180.0  # Ray's first start on a machine can take a minute and more
 
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_worker_niceness": "0",  # a busy machine starves nice workers
+    "HF_HUB_OFFLINE": "1",
+}
 # Small steps on the tiny pair, so that a fault meets every stage.
 SMALL = {
     "rollout.engine": "transformers",
     "prompts.prompts_per_step": 8,
     "checkpoint.every_steps": 3,
     "evaluation": [],
-    "faults.item_timeout_s": 30,
+    "faults.item_timeout_s": 20,
     "faults.max_tries": 10,
     "faults.max_learner_restarts": 1000,
     "faults.max_quarantined_fraction": 0.3,
@@ -54,9 +59,7 @@ class Job:
         self.run_id, self.path = run_id, root / run_id
         self.overrides = {**SMALL, **overrides}
         self._root, self._address = root, address
-        self._environment = {"RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
-        self._environment["RAY_worker_niceness"] = "0"  # a busy machine starves nice workers
-        self._environment |= environment or {}
+        self.environment = environment or {}
         self.output = root / f"{run_id}.txt"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -79,7 +82,7 @@ class Job:
                 [*command, *sets, *place, *address],
                 stdout=output,
                 stderr=output,
-                env={**os.environ, **self._environment},
+                env={**os.environ, **ENVIRONMENT, **self.environment},
             )
 
     def status(self) -> RunStatus | None:
@@ -143,19 +146,19 @@ def processes_of(pid: int) -> list[psutil.Process]:
         return []
 
 
-def workers(name: str) -> list[psutil.Process]:
-    """Ray workers among this process's own descendants, by what they run, e.g. RolloutActor."""
+def workers(name: str, pid: int) -> list[psutil.Process]:
+    """Ray workers that descend from `pid`, by what they run, e.g. RolloutActor."""
     found = []
-    for process in processes_of(os.getpid()):
+    for process in processes_of(pid):
         with suppress(psutil.Error, IndexError):
             if process.cmdline()[0].startswith(f"ray::{name}"):
                 found.append(process)
     return found
 
 
-def send(name: str, signum: signal.Signals, draw: random.Random) -> psutil.Process | None:
+def send(name: str, pid: int, signum: signal.Signals, draw: random.Random) -> psutil.Process | None:
     """Send a signal to one such worker; None if there is none."""
-    found = workers(name)
+    found = workers(name, pid)
     if not found:
         return None
     victim = draw.choice(sorted(found, key=lambda one: one.pid))
