@@ -186,8 +186,12 @@ def test_rewards_weigh_rollouts_and_divisors_still_count(made: MadeStep, normali
 def test_a_step_whose_prompts_all_pass_weighs_nothing(made: MadeStep) -> None:
     asked = row_tokens(made.rollouts)
     chosen = selector(sample_weight="pass_rate")
-    _, keep = chosen.select(asked, dict.fromkeys(asked, 1.0), None, made.scores)
+    header, keep = chosen.select(asked, dict.fromkeys(asked, 1.0), None, made.scores)
     assert not tables.column(keep, "weight").any()
+    assert header.kept_tokens > 0
+    assert header.weight_sum == 0.0
+    mixed, _ = chosen.select(asked, {key: float(key[2]) for key in asked}, None, made.scores)
+    assert mixed.weight_sum > 0.0
 
 
 def test_frozen_thresholds_are_those_of_the_first_step(made: MadeStep) -> None:

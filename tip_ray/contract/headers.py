@@ -74,6 +74,7 @@ class SelectionHeader:
     keep_bytes: int
     busy_s: float
     nothing_kept: tuple[Tried, ...] = ()  # rollouts that no rank gets to see
+    weight_sum: float = 0.0  # of all kept tokens; 0: the step can teach nothing
 
 
 @dataclass(frozen=True)

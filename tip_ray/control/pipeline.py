@@ -264,6 +264,9 @@ class Pipeline:
             returns=2,
         )
         trace.selection = answer.header
+        if answer.header.kept_tokens and answer.header.weight_sum == 0:
+            reason = "rewards leave every rollout without weight"
+            self._journal.event("update_skipped", step=work.step, reason=reason)
         self._frozen = answer.header.frozen_thresholds
         self._first_selected.set()
         return answer.refs[0]

@@ -219,6 +219,7 @@ class SelectorActor:
             frozen_thresholds=frozen,
             keep_bytes=tables.nbytes(keep),
             busy_s=time.perf_counter() - began,
+            weight_sum=float(tables.column(keep, "weight").sum(dtype=np.float64)),
             nothing_kept=tables.tried(keep.take(np.flatnonzero(tables.column(keep, "rank") < 0))),
         )
 
