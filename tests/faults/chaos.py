@@ -46,6 +46,7 @@ PRIVATE_KINDS = [
     "storage hiccup",
     "storage gone",
 ]
+SCENES = ["private", "nodes", "rpc"]
 RPC_FAILURES = {
     f"{service}.grpc_client.{method}": {
         "num_failures": 5,
@@ -82,10 +83,10 @@ class Chaos:
         self.failed: list[str] = []
         self.runs = 0
 
-    def run(self, minutes: float) -> None:
+    def run(self, minutes: float, names: list[str]) -> None:
         """Scenes in turn, until the time is over."""
         deadline = time.monotonic() + 60 * minutes
-        scenes = [self.private, self.nodes, self.rpc]
+        scenes = [getattr(self, name) for name in names]
         while time.monotonic() < deadline:
             scenes[self.runs % len(scenes)](deadline)
 
@@ -278,13 +279,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--scenes", nargs="+", choices=SCENES, default=SCENES)
     parser.add_argument("--root", type=Path, help="keep the runs here")
     options = parser.parse_args()
     root = options.root or Path(tempfile.mkdtemp(prefix="tip-chaos-"))
     root.mkdir(parents=True, exist_ok=True)
     chaos = Chaos(root, options.seed, lambda line: print(line, flush=True))  # noqa: T201
     try:
-        chaos.run(options.minutes)
+        chaos.run(options.minutes, options.scenes)
     finally:
         print(chaos.table(), flush=True)  # noqa: T201
     if chaos.good and options.root is None:
