@@ -96,6 +96,15 @@ def test_order_and_sharding_of_scores_change_nothing(made: MadeStep, rule: str) 
     assert many[1].equals(one)
 
 
+@pytest.mark.parametrize("scope", ["rollout", "batch"])
+@pytest.mark.parametrize("rule", BUILTIN_RULES)
+def test_full_retention_is_the_rule_all(made: MadeStep, rule: str, scope: str) -> None:
+    asked = row_tokens(made.rollouts)
+    everything = selector("all").select(asked, {}, None, made.scores)[1]
+    found = selector(rule, retention=1.0, scope=scope).select(asked, {}, None, made.scores)[1]
+    assert found.equals(everything)
+
+
 def test_masked_tokens_are_never_kept_and_have_no_quadrant(made: MadeStep) -> None:
     _, keep = selector("all").select(row_tokens(made.rollouts), {}, None, made.scores)
     for kept, quadrant, mask in zip(
