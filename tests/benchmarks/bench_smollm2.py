@@ -1,8 +1,8 @@
 """Does SmolLM2's cut student come closer to its teacher? Reverse KL on held-out prompts.
 
-The initial student answers held-out problems once; then the mean reverse KL to the teacher, over the
-full vocabulary, at every token of those same answers is taken for the initial and for the trained
-student. Plain transformers in float32: nothing of the pipeline is used to measure.
+The initial student answers held-out problems once; then the mean reverse KL to the teacher, over
+the full vocabulary, at every token of those same answers is taken for the initial and for the
+trained student. Plain transformers in float32: nothing of the pipeline is used to measure.
 
     python -m tip_ray.demo.smollm2 --output models/smollm2
     python -m tests.benchmarks.bench_smollm2 --problems DIR --output outputs/bench
@@ -77,8 +77,8 @@ def _options() -> argparse.Namespace:
 
 def _needed(options: argparse.Namespace) -> list[Path]:
     models = [options.models / "teacher", options.models / "student"]
-    needed = [*models, options.problems / "gsm8k_test.jsonl"]
-    return needed + [options.trained or options.problems / "gsm8k_train.jsonl"]
+    trained = options.trained or options.problems / "gsm8k_train.jsonl"
+    return [*models, options.problems / "gsm8k_test.jsonl", trained]
 
 
 def _train(options: argparse.Namespace) -> Path:
