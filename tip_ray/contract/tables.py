@@ -120,7 +120,7 @@ KEEP = _schema(
 
 
 def selected_schema(width: int) -> pa.Schema:
-    """cut -> one learner rank. `width` as in `targets_schema`."""
+    """cut -> one learner rank. `width` as in `targets_schema`; policy_gradient: the sampled id."""
     return _schema(
         # prompt and response, up to the last input that a kept token needs
         _field("input_ids", list_of(INT32)),
