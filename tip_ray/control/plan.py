@@ -2,7 +2,8 @@
 
 Bytes a token count the columns that grow with a response; a row's own key, prompt and list offsets
 come on top. The width W of the targets is K, 2K where the loss compares a union of supports, or 1
-for policy_gradient; a vocabulary smaller than K makes both smaller. With retention rho, a response token costs
+for policy_gradient; a vocabulary smaller than K makes both smaller. With retention rho, a response
+token costs
 
     rollout -> teacher     17 + 8 K                     ROLLOUTS
     teacher -> selector    17                           SCORES
