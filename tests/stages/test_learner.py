@@ -30,6 +30,7 @@ from tests.stages.learner_toys import (
     support,
     whole_distance,
 )
+from tip_ray.compute.packing import micro_batches
 from tip_ray.contract.errors import ReplicaError, SpecError, TableError
 from tip_ray.contract.tables import (
     FLOAT32,
@@ -148,6 +149,14 @@ def test_a_repeated_step_answers_as_before_and_trains_nothing(scenario, actor) -
     assert all(torch.equal(after[name], own) for name, own in before.items())
 
 
+def test_only_the_last_report_is_kept(actor) -> None:
+    """Each names every row of its step: kept, they would grow with the run."""
+    last = [actor.train_step(step) for step in (1, 2)][-1]
+    assert actor.train_step(2) == last
+    with pytest.raises(ReplicaError, match="asked for step 1 after step 2"):
+        actor.train_step(1)
+
+
 def test_a_step_without_any_table_trains_nothing(actor) -> None:
     before = published(actor, 0)
     report = actor.train_step(1)
@@ -212,7 +221,7 @@ def test_published_weights_are_the_cast_masters_under_the_files_names(scenario, 
 def test_publishing_after_a_forward_alone_still_works(scenario, actor) -> None:
     before = published(actor, 0)
     with torch.no_grad():
-        actor._group.root(actor._micro_batches(1, scenario.steps[0])[0])
+        actor._group.root(micro_batches(scenario.steps[0][0], 4096)[0])
     after = published(actor, 0)
     assert all(torch.equal(after[name], own) for name, own in before.items())
 

@@ -91,7 +91,7 @@ class LearnerActor:
         self._steps, self._rank, self._seed = steps, rank, seed
         self._store: dist.TCPStore | None = None
         self._group: _Group | None = None
-        self._reports: dict[int, LearnerReport] = {}
+        self._report: LearnerReport | None = None  # of the last step trained; it names every row
         self._step = 0  # the last step trained
 
     def open_port(self) -> int:
@@ -121,7 +121,7 @@ class LearnerActor:
         fsdp.shard(root, prefixes, mesh, getattr(torch, self._student.dtype))
         scale = FLOAT16_LOSS_SCALE if self._student.dtype == "float16" else 1.0
         self._group = _Group(root, prefixes, self._adamw(root), device, world_size, scale)
-        self._reports, self._step = {}, 0
+        self._report, self._step = None, 0
 
     def _adamw(self, root: fsdp.KeptStudent) -> torch.optim.Optimizer:
         learner = self._learner
@@ -137,7 +137,7 @@ class LearnerActor:
     def train_step(self, step: int, *selected: pa.Table) -> LearnerReport:
         """Train update `step` (the first is 1) on this rank's SELECTED parts. Collective.
 
-        A step that was trained already answers with its first report and changes nothing. A
+        The last step, asked for again, answers with its first report and changes nothing. A
         non-finite loss or gradient on any rank skips the update on all; so does a gradient of
         exactly zero (nothing was kept), which is not reported as skipped.
 
@@ -145,8 +145,8 @@ class LearnerActor:
             TableError: a part does not conform, or holds rows of another step.
             ReplicaError: `step` does not follow the last one trained.
         """
-        if step in self._reports:
-            return self._reports[step]
+        if self._report is not None and step == self._report.step:
+            return self._report
         if step != self._step + 1:
             raise ReplicaError(
                 f"learner rank {self._rank}: asked for step {step} after step {self._step}; "
@@ -160,7 +160,7 @@ class LearnerActor:
         count = fsdp.max_over_ranks(len(batches), group.device)
         sums = self._accumulate(batches, count)
         loss, norm, skipped = self._update(step, sums.loss)
-        self._reports[step] = LearnerReport(
+        self._report = LearnerReport(
             step=step,
             loss=loss,
             grad_norm=norm,
@@ -176,7 +176,7 @@ class LearnerActor:
             trained=tried(table),
         )
         self._step = step
-        return self._reports[step]
+        return self._report
 
     def _own_rows(self, step: int, selected: Sequence[pa.Table]) -> pa.Table:
         """One row a rollout, however often it was sent."""
@@ -305,7 +305,7 @@ class LearnerActor:
         rows = fsdp.training_rows(group.root, group.optimizer)
         header = state.load_rows(url, self._rank, group.world_size, rows, names)
         fsdp.set_updates_made(group.optimizer, header.updates)
-        self._reports, self._step = {}, header.step
+        self._report, self._step = None, header.step
         return header.step
 
     def _check_at(self, step: int, what: str) -> None:
