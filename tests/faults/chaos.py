@@ -30,7 +30,7 @@ from tests.faults.nodes import SMALL_OBJECTS, Nodes
 STEPS = 40
 LAST_STEPS = 6  # so close to its end a run is left alone: nobody would miss what is killed
 SCENE_S = 180.0  # of faults; then the run may end in peace, and another begins
-RECOVERY_S = 150.0
+RECOVERY_S = 240.0
 STAGES = {
     "rollout": "RolloutActor",
     "teacher": "TeacherActor",
@@ -81,6 +81,7 @@ class Chaos:
         self._draw = random.Random(seed)
         self.tally: dict[str, Tally] = defaultdict(Tally)
         self.failed: list[str] = []
+        self._thrown: set[str] = set()
         self.runs = 0
 
     def run(self, minutes: float, names: list[str]) -> None:
@@ -158,8 +159,9 @@ class Chaos:
         """Faults of random kinds at random moments, each recovered from before the next."""
         job.start()
         bag: list[str] = []
-        thrown: set[str] = set()
-        job.wait_for(lambda: job.running(step=1), START_S)
+        self._thrown = thrown = set[str]()
+        if not job.wait_for(lambda: job.running(step=1), START_S):
+            return  # `_end` says why
         deadline = min(deadline, time.monotonic() + SCENE_S)
         while time.monotonic() < deadline:
             time.sleep(self._draw.uniform(0, 2.5))
@@ -176,7 +178,6 @@ class Chaos:
             self._count(job, kind, seconds)
             if seconds < 0:
                 break
-        self._thrown = thrown
 
     def _count(self, job: Job, kind: str, seconds: float) -> None:
         tally = self.tally[kind]
@@ -237,7 +238,7 @@ class Chaos:
         """Let the run end, and hold its audit against what was asked for."""
         began = time.monotonic()
         code = job.finish(10 * RECOVERY_S) if job.process else 1
-        kinds = getattr(self, "_thrown", set()) | set(inside or {})
+        kinds = self._thrown | set(inside or {})
         audit = job.check()
         if code or not audit.exactly_once or job.status().state != "SUCCEEDED":
             self.failed.append(f"{job.run_id}: exit code {code}, see {job.output}")

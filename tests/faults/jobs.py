@@ -24,7 +24,7 @@ from tip_ray.control.audit import AuditResult, check_audit
 from tip_ray.control.run_reader import RunReader
 
 LOOK_EVERY_S = 0.05
-START_S = 180.0  # Ray's first start on a machine can take a minute and more
+START_S = 400.0  # a first start on a busy machine can take minutes
 
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
@@ -37,7 +37,7 @@ SMALL = {
     "prompts.prompts_per_step": 8,
     "checkpoint.every_steps": 3,
     "evaluation": [],
-    "faults.item_timeout_s": 20,
+    "faults.item_timeout_s": 25,
     "faults.max_tries": 10,
     "faults.max_learner_restarts": 1000,
     "faults.max_quarantined_fraction": 0.3,

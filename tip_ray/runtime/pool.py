@@ -26,7 +26,7 @@ from tip_ray.runtime.tasks import together, value_of
 from tip_ray.runtime.weights import WeightVersion
 
 FAILURES = (RayError, TimeoutError)
-START_S = 60.0  # at least so long for a new process, which may import for long on a busy machine
+START_S = 180.0  # at least so long for a new process, which may import for long on a busy machine
 
 
 class OnEvent(Protocol):
