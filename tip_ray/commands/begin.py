@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tip_ray.commands.output import aligned, printable, write
-from tip_ray.contract.errors import RunDirectoryError, SpecError, TipRayError
+from tip_ray.contract.errors import LeaseLostError, RunDirectoryError, SpecError, TipRayError
 from tip_ray.contract.spec import RunSpec
 from tip_ray.control.plan import Plan, make_plan
 from tip_ray.control.progress import TerminalProgress, size
@@ -82,6 +82,9 @@ def run(options: argparse.Namespace) -> int:
             progress=progress,
             finish=ending.write_report,
         )
+    except LeaseLostError:
+        ending.of_another_driver = True
+        raise
     finally:
         progress.close()
         ending.tell(progress, spec, run_id)
@@ -95,6 +98,7 @@ class _Ending:
         self._report: str | None = None
         self._problem: str | None = None
         self._began_at = time.time()
+        self.of_another_driver = False
 
     def write_report(self, directory: RunDirectory) -> None:
         """report.html; its failure is told but does not fail the run."""
@@ -106,7 +110,9 @@ class _Ending:
             self._problem = f"no report: {error}"
 
     def tell(self, progress: TerminalProgress, spec: RunSpec, run_id: str) -> None:
-        """The summary, unless this process was refused before it changed the run's status."""
+        """The summary, unless the run is another's, or this process never began it."""
+        if self.of_another_driver:
+            return
         try:
             directory = RunDirectory.open(spec.run_root, run_id)
             status = RunReader(directory.url).read_status()
