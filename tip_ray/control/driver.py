@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -14,6 +15,7 @@ from tip_ray.contract.errors import (
     RunCancelledError,
     RunDirectoryError,
     RunFailedError,
+    RunTerminatedError,
     TipRayError,
 )
 from tip_ray.contract.run_state import HEARTBEAT_S, RunState, RunStatus
@@ -142,7 +144,8 @@ def _entered_beating(journal: Journal, context: AbstractContextManager[None]) ->
 def _ends_well(journal: Journal) -> Iterator[None]:
     """Whatever ends the run, status.json says what and why."""
     try:
-        yield
+        with _early_signals():
+            yield
     except LeaseLostError:
         raise  # the other driver writes now
     except RunDirectoryError as error:  # not the user's error any more: things were started
@@ -159,6 +162,19 @@ def _ends_well(journal: Journal) -> Iterator[None]:
         _log.exception("the driver failed")
         journal.end(RunState.FAILED, f"{type(error).__name__}: {error}", exit_code=1)
         raise
+
+
+@contextmanager
+def _early_signals() -> Iterator[None]:
+    """Signals outside of the loop, whose handlers are not set yet or not any more."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise RunCancelledError("interrupted by SIGINT") from None
+    except SystemExit as error:  # what Ray's own handler makes of SIGTERM
+        if error.code != signal.SIGTERM:
+            raise
+        raise RunTerminatedError("terminated by SIGTERM") from None
 
 
 @contextmanager
