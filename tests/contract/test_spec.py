@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from tip_ray.contract.errors import SpecError
-from tip_ray.contract.spec import NOT_YET, RunSpec, fields_of, parse_spec
+from tip_ray.contract.spec import RunSpec
+from tip_ray.contract.spec_check import NOT_YET, fields_of, parse_spec
 
 # Every field of a spec with its default; required ones and list entries with some value.
 EVERYTHING = """

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tip_ray.contract.errors import RunDirectoryError, SpecError
-from tip_ray.contract.spec import RunSpec, parse_spec
+from tip_ray.contract.spec import RunSpec
+from tip_ray.contract.spec_check import parse_spec
 from tip_ray.control.spec_file import (
     check_resume,
     differences,

@@ -10,10 +10,9 @@ from typing import Any
 
 from tip_ray.contract.run_state import RunState
 from tip_ray.contract.spec import RunSpec
-from tip_ray.control.crew import close_stages, make_stages, start_stages
+from tip_ray.control.crew import Stages, close_stages, make_stages, start_stages
 from tip_ray.control.journal import Journal
 from tip_ray.control.lease import begin
-from tip_ray.control.pipeline import Stages
 from tip_ray.control.placement import demand
 from tip_ray.control.preflight import preflight
 from tip_ray.control.progress import SilentProgress

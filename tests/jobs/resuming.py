@@ -12,10 +12,9 @@ from tip_ray.contract.errors import RunCancelledError
 from tip_ray.contract.run_state import RunState, StepMetrics
 from tip_ray.contract.spec import RunSpec
 from tip_ray.control.audit import check_audit
-from tip_ray.control.crew import make_stages
+from tip_ray.control.crew import Stages, make_stages
 from tip_ray.control.journal import Journal
 from tip_ray.control.lease import begin, take_over
-from tip_ray.control.pipeline import Stages
 from tip_ray.control.placement import demand
 from tip_ray.control.preflight import preflight
 from tip_ray.control.progress import SilentProgress

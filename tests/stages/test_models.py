@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, PhiCo
 from tests.stages.toys import WORDS, save_config, save_model, toy_config, toy_tokenizer
 from tip_ray import demo
 from tip_ray.contract.errors import ModelMismatchError, SpecError
-from tip_ray.contract.spec import RunSpec, parse_spec
+from tip_ray.contract.spec import RunSpec
+from tip_ray.contract.spec_check import parse_spec
 from tip_ray.stages.models import (
     load_causal_lm,
     load_config,

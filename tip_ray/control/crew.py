@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tip_ray.contract.spec import LearnerSpec, RolloutSpec, RunSpec, TeacherSpec
-from tip_ray.control.pipeline import Stages
 from tip_ray.runtime.gang import Gang
 from tip_ray.runtime.pool import OnEvent, Pool
 from tip_ray.runtime.replica import actor_class
@@ -19,6 +19,17 @@ from tip_ray.stages.pair_checks import PairFacts
 from tip_ray.stages.rollout import RolloutActor
 from tip_ray.stages.selector import SelectorActor
 from tip_ray.stages.teacher import TeacherActor
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The pools of a run, started."""
+
+    rollout: Pool
+    teacher: Pool
+    selector: Pool
+    learner: Gang
+
 
 PoolSpec = RolloutSpec | TeacherSpec | LearnerSpec
 _TEACHER_IN_FLIGHT = 2  # the next batch's tables arrive while this one is scored

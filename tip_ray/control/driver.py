@@ -20,10 +20,9 @@ from tip_ray.contract.errors import (
 )
 from tip_ray.contract.run_state import HEARTBEAT_S, RunState, RunStatus
 from tip_ray.contract.spec import RunSpec
-from tip_ray.control.crew import close_stages, make_stages, start_stages
+from tip_ray.control.crew import Stages, close_stages, make_stages, start_stages
 from tip_ray.control.journal import Journal
 from tip_ray.control.lease import begin, take_over
-from tip_ray.control.pipeline import Stages
 from tip_ray.control.placement import demand, total_cpus
 from tip_ray.control.preflight import Preflight, preflight
 from tip_ray.control.progress import Progress

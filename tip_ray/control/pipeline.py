@@ -18,78 +18,31 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
-import ray
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tip_ray.contract.errors import (
     LeaseLostError,
-    ObjectsLostError,
-    ReplicaError,
     RunCancelledError,
     RunDirectoryError,
     RunFailedError,
 )
-from tip_ray.contract.headers import (
-    CutHeader,
-    LearnerReport,
-    QuadrantThresholds,
-    Quarantined,
-    RolloutHeader,
-    TeacherHeader,
-)
+from tip_ray.contract.headers import LearnerReport, QuadrantThresholds
 from tip_ray.contract.spec import RunSpec
 from tip_ray.control.audit import step_audit
 from tip_ray.control.checkpoint import Checkpoints, Manifest
+from tip_ray.control.crew import Stages
 from tip_ray.control.evaluate import Evaluator
 from tip_ray.control.journal import PAUSES_S, Journal
+from tip_ray.control.preparation import Preparation, Prepared
 from tip_ray.control.step_metrics import StepTrace, step_metrics
 from tip_ray.control.step_work import RolloutWork
-from tip_ray.runtime.gang import Gang
-from tip_ray.runtime.pool import FAILURES, Pool
-from tip_ray.runtime.replica import classify
 from tip_ray.runtime.tasks import first_leaf, together, value_of
 from tip_ray.runtime.weights import WeightVersion
-from tip_ray.stages.cut import cut
-from tip_ray.stages.prompts import Cursor, PromptSource
-
-
-@dataclass(frozen=True)
-class Stages:
-    """The pools of a run, started."""
-
-    rollout: Pool
-    teacher: Pool
-    selector: Pool
-    learner: Gang
-
-
-@dataclass(frozen=True)
-class _Scored:
-    """One teacher batch: references, and where the heavy half lies."""
-
-    header: TeacherHeader
-    rollouts: tuple[Any, ...]
-    scores: Any
-    targets: Any
-    node_id: str
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A step that waits for the learner."""
-
-    step: int
-    selected: list[list[Any]]  # by rank, references of SELECTED tables
-    samples: list[Any]  # references of SAMPLES tables
-    quarantined: list[Quarantined]
-    cursor: Cursor  # where the next step's prompts begin
-    trace: StepTrace
+from tip_ray.stages.prompts import PromptSource
 
 
 class Pipeline:
@@ -112,11 +65,9 @@ class Pipeline:
         self._spec, self._stages, self._source = spec, stages, source
         self._evaluator, self._journal = evaluator, journal
         self._checkpoints = checkpoints
-        self._frozen = frozen
+        self._preparation = Preparation(spec, stages, journal, frozen)
         self._slots = asyncio.Semaphore(spec.max_lag + 1)
-        self._first_selected = asyncio.Event()
         self._skipped_in_a_row = 0
-        self._cut = ray.remote(num_cpus=0)(cut)
 
     async def run(self, first_step: int = 1) -> None:
         """Train steps `first_step` to `spec.steps`, evaluating before, in between and after.
@@ -129,9 +80,7 @@ class Pipeline:
         """
         if first_step == 1:
             await self._evaluate(0)
-        if self._frozen is not None:
-            self._first_selected.set()
-        queue: asyncio.Queue[asyncio.Task[_Prepared]] = asyncio.Queue()
+        queue: asyncio.Queue[asyncio.Task[Prepared]] = asyncio.Queue()
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._admit_loop(first_step, queue, group))
@@ -140,7 +89,7 @@ class Pipeline:
             raise first_leaf(errors) from errors
 
     async def _admit_loop(
-        self, first_step: int, queue: asyncio.Queue[asyncio.Task[_Prepared]], group: Any
+        self, first_step: int, queue: asyncio.Queue[asyncio.Task[Prepared]], group: Any
     ) -> None:
         """Consumes prompts, produces steps under way.
 
@@ -150,14 +99,14 @@ class Pipeline:
             await self._slots.acquire()
             prompts = self._source.take(step, self._spec.prompts.prompts_per_step)
             work = RolloutWork(step, prompts, self._source.cursor)
-            queue.put_nowait(group.create_task(self._prepare(work)))
+            queue.put_nowait(group.create_task(self._preparation.run(work)))
 
     async def _learn_loop(
-        self, first_step: int, queue: asyncio.Queue[asyncio.Task[_Prepared]]
+        self, first_step: int, queue: asyncio.Queue[asyncio.Task[Prepared]]
     ) -> None:
         """Consumes prepared steps in order, produces weight versions, metrics and samples.
 
-        Waits for the next step's tokens; unblocked by its `_prepare`.
+        Waits for the next step's tokens; unblocked by its `preparation`.
         """
         ended = time.monotonic()
         for _ in range(first_step, self._spec.steps + 1):
@@ -175,144 +124,7 @@ class Pipeline:
             await self._checkpoint_or_stop(prepared)
             self._slots.release()
 
-    async def _prepare(self, work: RolloutWork) -> _Prepared:
-        """PROMPTS of one step -> SELECTED.
-
-        Where tables went with the node that held them the step is made again from its prompts,
-        with a higher attempt: what is left of the first try is dropped.
-
-        Raises:
-            RunFailedError: that was so `faults.max_tries` times.
-        """
-        for _ in range(self._spec.faults.max_tries):
-            try:
-                return await self._prepare_once(work)
-            except ObjectsLostError as error:
-                self._journal.event("step_made_again", step=work.step, reason=str(error))
-                lost, work = error, work.again()
-        raise RunFailedError(f"step {work.step}: its tables were lost each time, last: {lost}")
-
-    async def _prepare_once(self, work: RolloutWork) -> _Prepared:
-        """Generate and score side by side, select, cut."""
-        trace = StepTrace(step=work.step, spec=self._spec)
-        scored = await self._generate_and_score(work, trace)
-        self._refuse_too_many(work)
-        keep = await self._select(work, scored, trace)
-        return await self._cut_all(work, scored, keep, trace)
-
-    async def _generate_and_score(self, work: RolloutWork, trace: StepTrace) -> list[_Scored]:
-        """Consumes PROMPTS, produces scored batches.
-
-        Rollouts go to the teacher as they finish, in batches of `teacher.max_batch_tokens`.
-        """
-        scored: list[_Scored] = []
-
-        async def score(batch: list[tuple[RolloutHeader, Any]]) -> None:
-            scored.append(await self._score(batch, trace))
-
-        async def generate(shard: int, group: asyncio.TaskGroup) -> None:
-            shards = len(self._stages.rollout)
-            stream = self._stages.rollout.stream("generate", lambda: work.remaining(shard, shards))
-            async for answer in stream:
-                trace.rollouts.append(answer.header)
-                work.received(answer.header)
-                if answer.header.keys:
-                    waiting.append((answer.header, answer.refs[0]))
-                tokens = sum(sum(header.row_tokens) for header, _ in waiting)
-                full = tokens >= self._spec.teacher.max_batch_tokens
-                if waiting and (full or work.complete):
-                    group.create_task(score(waiting.copy()))
-                    waiting.clear()
-
-        waiting: list[tuple[RolloutHeader, Any]] = []
-        began = time.monotonic()
-        try:
-            async with asyncio.TaskGroup() as group:
-                for shard in range(len(self._stages.rollout)):
-                    group.create_task(generate(shard, group))
-        except BaseExceptionGroup as errors:
-            raise first_leaf(errors) from errors
-        trace.seconds_generate_and_score = time.monotonic() - began
-        if not work.complete:
-            raise RunFailedError(f"step {work.step}: the rollout pool lost rollouts; a bug")
-        for batch in scored:
-            work.quarantine(batch.header.quarantined)
-        trace.quarantined = len(work.quarantined)
-        return scored
-
-    async def _score(self, batch: list[tuple[RolloutHeader, Any]], trace: StepTrace) -> _Scored:
-        """ROLLOUTS -> SCORES and TARGETS, which stay where the teacher made them."""
-        rollouts = tuple(ref for _, ref in batch)
-        answer = await self._stages.teacher.call("score", *rollouts, returns=3)
-        trace.teachers.append(answer.header)
-        scores, targets = answer.refs
-        return _Scored(answer.header, rollouts, scores, targets, answer.node_id)
-
-    async def _select(self, work: RolloutWork, scored: list[_Scored], trace: StepTrace) -> Any:
-        """SCORES of the whole step -> KEEP: the step's barrier.
-
-        Steps after the first wait until step 1 has frozen its quadrant thresholds.
-        """
-        if work.step > 1:
-            await self._first_selected.wait()
-        answer = await self._stages.selector.call(
-            "select",
-            work.row_tokens,
-            work.rewards,
-            self._frozen,
-            *(batch.scores for batch in scored),
-            returns=2,
-        )
-        trace.selection = answer.header
-        if answer.header.kept_tokens and answer.header.weight_sum == 0:
-            reason = "rewards leave every rollout without weight"
-            self._journal.event("update_skipped", step=work.step, reason=reason)
-        self._frozen = answer.header.frozen_thresholds
-        self._first_selected.set()
-        return answer.refs[0]
-
-    async def _cut_all(
-        self, work: RolloutWork, scored: list[_Scored], keep: Any, trace: StepTrace
-    ) -> _Prepared:
-        """TARGETS + KEEP -> SELECTED, each batch on the node where its TARGETS lie."""
-        cuts = await together(*(self._cut_one(keep, batch) for batch in scored))
-        trace.cuts = [header for header, _ in cuts]
-        ranks = range(len(self._stages.learner))
-        return _Prepared(
-            step=work.step,
-            selected=[[refs[1 + rank] for _, refs in cuts] for rank in ranks],
-            samples=[refs[0] for _, refs in cuts],
-            quarantined=work.quarantined,
-            cursor=work.cursor,
-            trace=trace,
-        )
-
-    async def _cut_one(self, keep: Any, batch: _Scored) -> tuple[CutHeader, list[Any]]:
-        """The header, and references of SAMPLES and of each rank's SELECTED.
-
-        Ray itself tries again where the process dies; here is the deadline of one that hangs.
-        """
-        ranks = len(self._stages.learner)
-        remote = self._cut.options(
-            num_returns=2 + ranks,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(batch.node_id, soft=True),
-        )
-        sampled_only = self._spec.loss.kind == "policy_gradient"
-        for _ in range(self._spec.faults.max_tries):
-            refs = remote.remote(
-                ranks, keep, batch.scores, batch.targets, *batch.rollouts, sampled_only=sampled_only
-            )
-            try:
-                waited = asyncio.wait_for(value_of(refs[0]), self._spec.faults.item_timeout_s)
-                return await waited, refs[1:]
-            except FAILURES as error:
-                failure = classify(error, "cut")
-                if not isinstance(failure, ReplicaError):
-                    raise failure from error
-                ray.cancel(refs[0], force=True)
-        raise RunFailedError(f"cut failed {self._spec.faults.max_tries} times, last: {failure}")
-
-    def _audit(self, prepared: _Prepared) -> pa.Table:
+    def _audit(self, prepared: Prepared) -> pa.Table:
         trace = prepared.trace
         assert trace.selection is not None
         return step_audit(
@@ -323,7 +135,7 @@ class Pipeline:
             prepared.quarantined,
         )
 
-    async def _samples(self, prepared: _Prepared) -> list[pa.Table]:
+    async def _samples(self, prepared: Prepared) -> list[pa.Table]:
         """They are for show: where a node took them along, the step has none."""
         try:
             return await together(*map(value_of, prepared.samples))
@@ -331,7 +143,7 @@ class Pipeline:
             self._journal.event("samples_lost", step=prepared.step, reason=type(error).__name__)
             return []
 
-    async def _train(self, prepared: _Prepared) -> list[LearnerReport]:
+    async def _train(self, prepared: Prepared) -> list[LearnerReport]:
         """SELECTED -> one update on all ranks; too many skipped in a row fail the run."""
         args = [(prepared.step, *own) for own in prepared.selected]
         reports: list[LearnerReport] = await self._stages.learner.call("train_step", args)
@@ -359,7 +171,7 @@ class Pipeline:
         if trace is not None:
             trace.seconds_evaluation = time.monotonic() - began
 
-    async def _checkpoint_or_stop(self, prepared: _Prepared) -> None:
+    async def _checkpoint_or_stop(self, prepared: Prepared) -> None:
         """A checkpoint every few steps, after the last, and before the run stops as asked.
 
         It comes last in its step: what it says is trained has its metrics and samples on disk.
@@ -371,8 +183,9 @@ class Pipeline:
         if asked:
             raise RunCancelledError(f"cancelled after step {step}, as was asked")
 
-    async def _save(self, prepared: _Prepared) -> None:
-        assert self._frozen is not None
+    async def _save(self, prepared: Prepared) -> None:
+        frozen = self._preparation.frozen
+        assert frozen is not None
         began, step = time.monotonic(), prepared.step
         manifest = partial(
             Manifest,
@@ -380,7 +193,7 @@ class Pipeline:
             weight_version=step,
             seed=self._spec.seed,
             cursor=prepared.cursor,
-            frozen_thresholds=self._frozen,
+            frozen_thresholds=frozen,
         )
         await self._save_with_patience(manifest, step)
         self._journal.event("checkpoint", step=step, seconds=time.monotonic() - began)
@@ -400,17 +213,6 @@ class Pipeline:
                         f"same --run-id goes on"
                     ) from error
                 await asyncio.sleep(pause_s)
-
-    def _refuse_too_many(self, work: RolloutWork) -> None:
-        """Quarantine is for the odd poisonous prompt: past a fraction the run fails."""
-        quarantined: list[Quarantined] = work.quarantined
-        self._journal.quarantine(quarantined)
-        share = len(quarantined) / work.rows
-        if share > self._spec.faults.max_quarantined_fraction or len(quarantined) == work.rows:
-            raise RunFailedError(
-                f"step {work.step}: {len(quarantined)} of {work.rows} rollouts quarantined, more "
-                f"than faults.max_quarantined_fraction; first: {quarantined[0].reason}"
-            )
 
 
 async def publish(stages: Stages, step: int) -> WeightVersion:

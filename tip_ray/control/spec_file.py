@@ -18,7 +18,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from tip_ray.contract.errors import SpecError
-from tip_ray.contract.spec import RunSpec, parse_spec
+from tip_ray.contract.spec import RunSpec
+from tip_ray.contract.spec_check import parse_spec
 from tip_ray.control.storage import storage_errors
 
 MAX_NODES = 20_000  # of a YAML document with its aliases written out

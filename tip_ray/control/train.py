@@ -10,9 +10,10 @@ from tip_ray.contract.errors import ObjectsLostError, ReplicaError, RunFailedErr
 from tip_ray.contract.headers import QuadrantThresholds
 from tip_ray.contract.spec import RunSpec
 from tip_ray.control.checkpoint import Checkpoints, Manifest
+from tip_ray.control.crew import Stages
 from tip_ray.control.evaluate import Evaluator
 from tip_ray.control.journal import Journal
-from tip_ray.control.pipeline import Pipeline, Stages, publish
+from tip_ray.control.pipeline import Pipeline, publish
 from tip_ray.control.preflight import Preflight
 from tip_ray.stages.prompts import Cursor, PromptSource
 
