@@ -40,7 +40,7 @@ support: {k: 16}
 # Which response tokens the learner gets to see: here the half that scores best by the student's
 # entropy or its divergence from the teacher. The others never leave the teacher's node.
 selection:
-  rule: soft_or                 # all | random | entropy | soft_or
+  rule: soft_or                 # all | random | entropy | divergence | q3 | prefix ...
   retention: 0.5                # fraction of each rollout's tokens
 
 loss: {kind: reverse_kl, normalize: token}
