@@ -6,6 +6,7 @@ A process of its own: pytest's is connected to another cluster.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 from typing import Any
@@ -56,8 +57,8 @@ class Worker:
         pass
 
 
-def on(node: str, *, soft: bool = False) -> Any:
-    strategy = NodeAffinitySchedulingStrategy(node, soft=soft)
+def on(node: str) -> Any:
+    strategy = NodeAffinitySchedulingStrategy(node, soft=False)
     return actor_class(Worker).options(num_cpus=0, scheduling_strategy=strategy)
 
 
@@ -65,10 +66,12 @@ def ignored(kind: str, **facts: Any) -> None:
     """The outcome of each call says what happened."""
 
 
-def pool(node: str, *, soft: bool = False) -> Pool:
+def pool(node: str, then: str | None = None) -> Pool:
+    """One replica on `node`; replacements on `then`."""
+    homes = itertools.chain([node], itertools.repeat(then or node))
     return Pool(
         "worker",
-        lambda _: on(node, soft=soft).remote(),
+        lambda _: on(next(homes)).remote(),
         1,
         timeout_s=60,
         max_tries=3,
@@ -78,7 +81,7 @@ def pool(node: str, *, soft: bool = False) -> Pool:
 
 async def go(nodes: Nodes) -> None:
     ids = [node["NodeID"] for node in ray.nodes() if node["Resources"].get("CPU")]
-    stays, goes, moves = pool(ids[0]), pool(ids[1]), pool(ids[1], soft=True)
+    stays, goes, moves = pool(ids[0]), pool(ids[1]), pool(ids[1], then=ids[0])
     gang = Gang("gang", lambda _: on(ids[0]).remote(), 2, timeout_s=60)
     await asyncio.gather(stays.start(), goes.start(), moves.start(), gang.start())
     table = (await goes.call("make", returns=2)).refs[0]
