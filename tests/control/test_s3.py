@@ -1,14 +1,15 @@
-"""A real S3 server: prompts, and what goes wrong; keys come by environment."""
+"""A real S3 server: run directory, prompts and student of a whole run; keys come by environment."""
 
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from s3fs import S3FileSystem
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tip_ray import demo
 from tip_ray.cli import main
-from tip_ray.contract.errors import SpecError
+from tip_ray.contract.errors import NotFoundError, SpecError
+from tip_ray.contract.run_state import RunState
+from tip_ray.control.checkpoint import Checkpoints
+from tip_ray.control.run_reader import RunReader, list_runs
+from tip_ray.control.spec_file import dump_spec, load_spec
 from tip_ray.stages.prompt_rows import read_rows
 
 QUICKSTART = Path(__file__).parents[2] / "job_specs" / "quickstart.yaml"
@@ -92,12 +98,115 @@ def bucket(server: str) -> str:
     return "s3://bucket"
 
 
+def spec_on(bucket: str, **overrides: Any) -> Any:
+    small = {
+        "run_root": f"{bucket}/runs",
+        "student.model": f"{bucket}/models/student",
+        "prompts.source": f"{bucket}/data/train.jsonl",
+        "prompts.prompts_per_step": 4,
+        "rollout.engine": "transformers",
+        "max_lag": 0,
+        "checkpoint": {"every_steps": 2, "keep": 2},
+        "evaluation.0.source": f"{bucket}/data/test.parquet",
+        "evaluation.0.limit": 8,
+    }
+    return load_spec(QUICKSTART, {**small, **overrides})
+
+
+def run_process(spec_url: str, *options: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tip_ray.cli", "run", spec_url, "--run-id", "far-away", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+    )
+
+
+def wait_until(process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        try:
+            if happened():
+                return
+        except NotFoundError:
+            pass
+        time.sleep(0.2)
+    raise AssertionError(f"not within {START_S} s")
+
+
 def test_prompts_in_both_formats(bucket: str) -> None:
     lines = list(read_rows(f"{bucket}/data/train.jsonl"))
     parquet = list(read_rows(f"{bucket}/data/test.parquet"))
     assert len(lines) == PROBLEMS
     assert [row for _, row in lines] == [row for _, row in parquet]
     assert list(read_rows(f"{bucket}/data/*.jsonl")) == lines
+
+
+def test_a_whole_run_cancelled_and_resumed(
+    bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    s3 = fsspec.filesystem("s3")
+    s3.pipe_file("bucket/specs/job.yaml", dump_spec(spec_on(bucket, steps=100_000)).encode())
+    run_url = f"{bucket}/runs/far-away"
+    reader = RunReader(run_url)
+
+    process = run_process(f"{bucket}/specs/job.yaml")
+    try:
+        wait_until(process, lambda: reader.read_status().step >= 3)
+        assert main(["cancel", run_url]) == 0
+        output, _ = process.communicate(timeout=START_S)
+    finally:
+        process.kill()
+    assert process.returncode == 130, output
+    cancelled = reader.read_status()
+    assert cancelled.state is RunState.CANCELLED
+    steps = Checkpoints(reader.storage, keep=2).steps()
+    assert steps[-1] == cancelled.step
+    assert len(steps) == 2
+
+    last = cancelled.step + 2
+    process = run_process(f"{bucket}/specs/job.yaml", "--set", f"steps={last}")
+    try:
+        output, _ = process.communicate(timeout=START_S)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    _look(reader, last, capsys)
+    _load_export(reader, tmp_path)
+    assert "a-secret-value" not in reader.read_log() + reader.storage.read("spec.yaml").decode()
+
+
+def _look(reader: RunReader, last: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the command line says of a run on S3."""
+    status = reader.read_status()
+    assert (status.state, status.step, status.epoch) == (RunState.SUCCEEDED, last, 2)
+    assert status.updates_skipped == 0
+    assert [run.run_id for run in list_runs(reader.url.rpartition("/")[0])] == ["far-away"]
+    assert reader.read_metrics().column("step").to_pylist() == list(range(1, last + 1))
+    assert reader.sample_steps() == list(range(1, last + 1))
+    assert reader.read_samples(last).num_rows > 0
+    states = [event["state"] for event in reader.read_events() if event["kind"] == "state"]
+    one_life = ["STARTING", "RUNNING"]
+    assert states == [*one_life, "CANCELLED", *one_life, "SUCCEEDED"]
+    assert {result.step for result in reader.read_evaluations()} >= {0, last}
+    assert reader.storage.exists("report.html")
+    capsys.readouterr()
+    for command in ("status", "metrics", "samples", "logs"):
+        assert main([command, reader.url]) == 0
+        assert capsys.readouterr().out
+    assert main(["list", "--run-root", reader.url.rpartition("/")[0]]) == 0
+    assert "far-away" in capsys.readouterr().out
+
+
+def _load_export(reader: RunReader, tmp_path: Path) -> None:
+    """It is a model of transformers once it is on this machine."""
+    fsspec.filesystem("s3").get(f"{reader.url}/export/", str(tmp_path / "export"), recursive=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export")
+    ids = tokenizer("12+34=", return_tensors="pt").input_ids
+    assert model(ids).logits.isfinite().all()
 
 
 def test_a_bucket_that_is_not_there_is_one_line(

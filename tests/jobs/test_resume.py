@@ -25,8 +25,10 @@ from tests.jobs.resuming import (
     assert_same_run,
     drive,
     metrics_of,
+    tree,
     with_another_learner,
 )
+from tip_ray.cli import main
 from tip_ray.contract.errors import NotFoundError, RunCancelledError, SpecError
 from tip_ray.contract.run_state import RunState
 from tip_ray.contract.spec import RunSpec
@@ -203,3 +205,39 @@ def test_fewer_steps_than_are_trained_are_refused(crew: Crew, root: Path, whole:
     expected = "steps: found 1, expected at least 2: so many are trained; raise it"
     with pytest.raises(SpecError, match=re.escape(expected)):
         drive(crew, spec_in(root, steps=1), "shorter")
+
+
+def test_a_second_driver_and_a_frozen_first(
+    crew: Crew,
+    root: Path,
+    whole: RunReader,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reader = RunReader(str(root / "frozen"))
+    with driver_process(root, "frozen") as first:
+        wait_for_step(first, reader, range(1, ENDLESS))
+        with monkeypatch.context() as patient:
+            patient.setattr(lease, "_WATCH_S", 30)
+            assert main(["run", str(root / "frozen.yaml"), "--run-id", "frozen"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {reader.url}: another driver is at this run (epoch 1, ")
+        assert error.count("\n") == 1
+        # After an odd step no checkpoint is written: the driver is frozen between two writes.
+        wait_for_step(first, reader, range(reader.read_status().step + 1 | 1, ENDLESS, 2))
+        first.send_signal(signal.SIGSTOP)
+        steps = max(STEPS, reader.read_status().step + 1)
+        taken_over = drive(crew, spec_in(root, steps=steps), "frozen")
+        before = tree(root / "frozen")
+        first.send_signal(signal.SIGCONT)
+        _, error = first.communicate(timeout=60)
+    assert first.returncode == 2
+    assert error == (
+        f"error: {reader.url}: taken over by another driver (epoch 2, this one is of 1); let that "
+        f"one go on\n"
+    )
+    assert tree(root / "frozen") == before
+    assert taken_over.read_status().state is RunState.SUCCEEDED
+    assert metrics_of(taken_over)[:STEPS] == metrics_of(whole)
+    if steps == STEPS:
+        assert_same_run(taken_over, whole)
