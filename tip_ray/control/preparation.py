@@ -7,7 +7,6 @@ they finish), select (the step's barrier) and cut.
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,14 +127,12 @@ class Preparation:
                     waiting.clear()
 
         waiting: list[tuple[RolloutHeader, Any]] = []
-        began = time.monotonic()
         try:
             async with asyncio.TaskGroup() as group:
                 for shard in range(len(self._stages.rollout)):
                     group.create_task(generate(shard, group))
         except BaseExceptionGroup as errors:
             raise first_leaf(errors) from errors
-        trace.seconds_generate_and_score = time.monotonic() - began
         if not work.complete:
             raise RunFailedError(f"step {work.step}: the rollout pool lost rollouts; a bug")
         for batch in scored:

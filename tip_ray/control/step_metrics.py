@@ -30,7 +30,6 @@ class StepTrace:
     reports: list[LearnerReport] = field(default_factory=list)
     weights: WeightVersion | None = None
     quarantined: int = 0
-    seconds_generate_and_score: float = 0.0
     seconds_learner_waiting: float = 0.0
     seconds_publish: float = 0.0
     seconds_evaluation: float = 0.0
