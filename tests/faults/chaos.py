@@ -20,11 +20,12 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.faults.jobs import START_S, Job, send, unwritable
+from tests.faults.jobs import START_S, Job, full, send, small_disk, unwritable
 from tests.faults.nodes import SMALL_OBJECTS, Nodes
 
 STEPS = 40
@@ -45,6 +46,7 @@ PRIVATE_KINDS = [
     "kill driver",
     "storage hiccup",
     "storage gone",
+    "full disk",
 ]
 SCENES = ["private", "nodes", "rpc"]
 RPC_FAILURES = {
@@ -93,13 +95,15 @@ class Chaos:
 
     def private(self, deadline: float, kinds: list[str] | None = None, steps: int = STEPS) -> None:
         """A run with a Ray of its own: its processes and its storage."""
+        kinds = kinds or PRIVATE_KINDS
         environment, inside = self._inner_faults(steps)
-        job = self._job(steps, environment)
-        try:
-            self._throw(job, kinds or PRIVATE_KINDS, deadline)
-            self._end(job, inside)
-        finally:
-            self._leave(job)
+        with small_disk(self._root) if "full disk" in kinds else nullcontext():
+            job = self._job(steps, environment)
+            try:
+                self._throw(job, kinds, deadline)
+                self._end(job, inside)
+            finally:
+                self._leave(job)
 
     def nodes(self, deadline: float, kinds: list[str] | None = None, steps: int = STEPS) -> None:
         """A run on several nodes, which go one by one."""
@@ -207,8 +211,8 @@ class Chaos:
             with unwritable(job.path):
                 time.sleep(1.0)
             over = job.wait_for(moved_on, RECOVERY_S)
-        elif kind == "storage gone":
-            with unwritable(job.path):
+        elif kind in ("storage gone", "full disk"):
+            with (full if kind == "full disk" else unwritable)(job.path):
                 code = job.finish(RECOVERY_S)
             clock = time.monotonic()
             job.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from tip_ray.control.audit import AuditResult, check_audit
 from tip_ray.control.run_reader import RunReader
 
 LOOK_EVERY_S = 0.05
+DISK_BYTES = 1 << 28
 START_S = 400.0  # a first start on a busy machine can take minutes
 
 ENVIRONMENT = {
@@ -179,6 +181,39 @@ def unwritable(directory: Path) -> Iterator[None]:
     finally:
         _exchange(directory, aside)
         aside.unlink()
+
+
+@contextmanager
+def small_disk(root: Path) -> Iterator[None]:
+    """`root` is a file system of its own, which can be filled; what it holds stays there after.
+
+    Needs the right to mount: root, or a user namespace (`unshare --map-root-user --mount`).
+    """
+    kept = root.with_name(f"{root.name}.kept")
+    shutil.copytree(root, kept, symlinks=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tip-ray", root], check=True
+    )
+    try:
+        yield
+        shutil.copytree(root, kept, symlinks=True, dirs_exist_ok=True)
+    finally:
+        subprocess.run(["umount", "--lazy", root], check=True)
+        shutil.copytree(kept, root, symlinks=True, dirs_exist_ok=True)
+        shutil.rmtree(kept)
+
+
+@contextmanager
+def full(directory: Path) -> Iterator[None]:
+    """The file system of `directory` has no byte left: ENOSPC for everyone."""
+    ballast = directory.with_name(f"{directory.name}.ballast")
+    with ballast.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(1 << 20)):
+            pass
+    try:
+        yield
+    finally:
+        ballast.unlink()
 
 
 def _exchange(one: Path, other: Path) -> None:
