@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.benchmarks.common import print_table, write_json
+
 SPEC = Path(__file__).parents[2] / "job_specs" / "smollm2-gsm8k-cpu.yaml"
 ROWS = 8  # a batch
 
@@ -56,10 +58,8 @@ def main() -> int:
         "reverse_kl_nats_before": mean_reverse_kl(before, teacher, batches),
         "reverse_kl_nats_after": mean_reverse_kl(_model(trained), teacher, batches),
     }
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "smollm2.json").write_text(json.dumps(found, indent=1) + "\n")
-    for name, value in found.items():
-        print(f"{name:24} {value}")  # noqa: T201
+    write_json(options.output, "smollm2", found)
+    print_table([{"figure": name, "value": value} for name, value in found.items()])
     return 0
 
 

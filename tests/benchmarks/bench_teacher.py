@@ -8,9 +8,7 @@ stand beside wall seconds, since they hardly depend on it.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import os
 import statistics
 import tempfile
 import time
@@ -23,6 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from tests.benchmarks.common import print_table, write_json
 from tip_ray.contract import tables
 
 ENGINES = ("transformers", "vllm")
@@ -54,17 +53,16 @@ def main() -> None:
         path = _in_process(_save_model, folder)
         for threads in given.threads:
             results += _compare(path, threads, given.rows, given.repeats)
-    given.output.mkdir(parents=True, exist_ok=True)
-    report = {
-        "model": SHAPE,
-        "dtype": "bfloat16",
-        "tokens_a_row": PROMPT_TOKENS + RESPONSE_TOKENS,
-        "response_tokens": RESPONSE_TOKENS,
-        "cpus": os.cpu_count(),
-        "results": results,
-    }
-    (given.output / "teacher.json").write_text(json.dumps(report, indent=1))
-    _print(results)
+    write_json(
+        given.output,
+        "teacher",
+        results,
+        model=SHAPE,
+        dtype="bfloat16",
+        tokens_a_row=PROMPT_TOKENS + RESPONSE_TOKENS,
+        response_tokens=RESPONSE_TOKENS,
+    )
+    print_table([_summary(one) for one in results])
 
 
 def _compare(path: str, threads: int, rows: list[int], repeats: int) -> list[dict[str, Any]]:
@@ -171,14 +169,15 @@ def _in_process(function: Any, *args: Any) -> Any:
         return pool.apply(function, args)
 
 
-def _print(results: list[dict[str, Any]]) -> None:
-    head = f"{'threads':>7} {'rows':>5} {'engine':<13}{'wall median':>12}{'wall min':>10}"
-    print(head + f"{'CPU median':>12}{'CPU min':>10}")  # noqa: T201
-    for one in results:
-        wall_s, cpu_s = one["wall_s"], one["cpu_s"]
-        line = f"{one['threads']:>7} {one['rows']:>5} {one['engine']:<13}"
-        line += f"{statistics.median(wall_s):>11.2f}s{min(wall_s):>9.2f}s"
-        print(line + f"{statistics.median(cpu_s):>11.2f}s{min(cpu_s):>9.2f}s")  # noqa: T201
+def _summary(one: dict[str, Any]) -> dict[str, Any]:
+    wall_s, cpu_s = one["wall_s"], one["cpu_s"]
+    return {
+        **{name: one[name] for name in ("threads", "rows", "engine")},
+        "wall s, median": statistics.median(wall_s),
+        "wall s, least": min(wall_s),
+        "CPU s, median": statistics.median(cpu_s),
+        "CPU s, least": min(cpu_s),
+    }
 
 
 if __name__ == "__main__":
