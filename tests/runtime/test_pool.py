@@ -73,6 +73,9 @@ class Worker:
             if item == 3 and self.once("streamed"):
                 os.kill(os.getpid(), signal.SIGKILL)
             yield item
+            if item == 4 and self.once("between"):
+                time.sleep(0.5)  # so that the header arrives
+                os.kill(os.getpid(), signal.SIGKILL)
             yield np.full(4, item)
         self.busy = False
 

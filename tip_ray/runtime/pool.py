@@ -22,7 +22,7 @@ from ray.exceptions import RayError
 
 from tip_ray.contract.errors import ObjectsLostError, ReplicaError, RunFailedError, TipRayError
 from tip_ray.runtime.replica import CreateActor, Replica, classify, kill
-from tip_ray.runtime.tasks import together, value_of
+from tip_ray.runtime.tasks import next_ref, together, value_of
 from tip_ray.runtime.weights import WeightVersion
 
 FAILURES = (RayError, TimeoutError)
@@ -163,9 +163,9 @@ class Pool:
     async def _pairs(self, items: Any, replica: Replica) -> AsyncIterator[Answer]:
         while True:
             try:
-                header_ref = await asyncio.wait_for(anext(items), self._timeout_s)
+                header_ref = await asyncio.wait_for(next_ref(items), self._timeout_s)
                 header = await asyncio.wait_for(value_of(header_ref), self._timeout_s)
-                table_ref = await asyncio.wait_for(anext(items), self._timeout_s)
+                table_ref = await asyncio.wait_for(next_ref(items), self._timeout_s)
             except StopAsyncIteration:
                 return
             yield Answer(header, (table_ref,), replica.node_id)
