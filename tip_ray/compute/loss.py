@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from tip_ray.compute.divergence import compute_dtype, drop_ids_, entropy
 from tip_ray.compute.loss_kinds import KINDS, NEG_INF, Options, Support
-from tip_ray.contract.errors import SpecError
+from tip_ray.contract.errors import DataError, SpecError
 
 _CAST_ELEMENTS = 1 << 24  # of the head alive in the compute dtype at once, where it is narrower
 
@@ -53,8 +53,9 @@ def kept_loss(
     outside; forward_kl: the same with S and T exchanged; jsd: beta KL(T||M) + (1 - beta) KL(S||M)
     with M = beta T + (1 - beta) S, at beta 0 and 1 the two KLs. Both tails are floored at
     `tail_floor_nats` (no gradient below it; the term is 0 at U = V); without
-    `teacher_tail_logprob_N` it is ln(1 - sum exp) of what is given, in float64. Id -1 is padding;
-    in a KL an id that one side rules out (-inf) counts there as `tail_floor_nats`.
+    `teacher_tail_logprob_N` it is ln(1 - sum exp) of what is given, in float64. Id -1 is padding
+    (any other id of a row twice counts twice); in a KL an id that one side rules out (-inf) counts
+    there as `tail_floor_nats`.
 
     policy_gradient: the support is the sampled token alone (K = 1), `student_logprob_N` what it
     was drawn with; the sampled reverse KL is the advantage, its importance ratio clipped at
@@ -67,13 +68,13 @@ def kept_loss(
     Raises:
         SpecError: `kind` is unknown, an option is out of range, shapes do not fit together, or a
             support id is outside of the vocabulary.
+        DataError: a weight or a log-probability is NaN or infinite (-inf may be the teacher's);
+            names the first. Hidden states and head are not looked at: theirs end in the loss.
     """
-    vocab_size = vocab_size or len(lm_head_VD)
     options = _options(lm_head_VD, kind, chunk_rows, beta, clip, tail_floor_nats, vocab_size)
-    support = (support_ids_NK, teacher_logprobs_NK)
-    per_token = (weight_N, teacher_tail_logprob_N, student_logprob_N)
-    _check_shapes(hidden_ND, lm_head_VD, *support, *per_token)
-    teacher = _teacher(*support, teacher_tail_logprob_N, student_logprob_N, options)
+    support = (support_ids_NK, teacher_logprobs_NK, teacher_tail_logprob_N, student_logprob_N)
+    teacher = _teacher(hidden_ND, lm_head_VD, *support, options, weight_N=weight_N)
+    _check_values(teacher, weight_N)
     return _run(hidden_ND, lm_head_VD, teacher, weight_N, None, options)[0]
 
 
@@ -94,13 +95,15 @@ def kept_loss_with_stats(
     tail_floor_nats: float = -30.0,
     vocab_size: int | None = None,
 ) -> tuple[Tensor, KeptStats]:
-    """(`kept_loss`, KeptStats) in one pass; `sampled_ids_N` are the kept tokens themselves."""
-    vocab_size = vocab_size or len(lm_head_VD)
+    """(`kept_loss`, KeptStats) in one pass; `sampled_ids_N` are the kept tokens themselves.
+
+    For training on several ranks, which must not part: NaN and infinities are not refused here,
+    they end in the loss, and the update is skipped on all.
+    """
     options = _options(lm_head_VD, kind, chunk_rows, beta, clip, tail_floor_nats, vocab_size)
-    support = (support_ids_NK, teacher_logprobs_NK)
-    per_token = (weight_N, teacher_tail_logprob_N, sampled_ids_N, student_logprob_N)
-    _check_shapes(hidden_ND, lm_head_VD, *support, *per_token)
-    teacher = _teacher(*support, teacher_tail_logprob_N, student_logprob_N, options)
+    support = (support_ids_NK, teacher_logprobs_NK, teacher_tail_logprob_N, student_logprob_N)
+    per_token = {"weight_N": weight_N, "sampled_ids_N": sampled_ids_N}
+    teacher = _teacher(hidden_ND, lm_head_VD, *support, options, **per_token)
     loss, *stats = _run(hidden_ND, lm_head_VD, teacher, weight_N, sampled_ids_N, options)
     return loss, KeptStats(*stats)
 
@@ -216,23 +219,65 @@ class _Head(NamedTuple):
 
 
 def _teacher(
+    hidden_ND: Tensor,
+    lm_head_VD: Tensor,
     ids_NK: Tensor,
     logprobs_NK: Tensor,
     tail_N: Tensor | None,
     recorded_N: Tensor | None,
     options: Options,
+    **per_token: Tensor,
 ) -> Support:
-    if ids_NK.numel() and (largest := int(ids_NK.max())) >= options.vocab_size:
-        raise SpecError("support_ids_NK", f"id {largest}", f"ids below {options.vocab_size}")
-    if options.kind == "policy_gradient" and (recorded_N is None or ids_NK.shape[1] != 1):
-        found = "no student_logprob_N" if recorded_N is None else f"K = {ids_NK.shape[1]}"
+    """The teacher's side, once everything fits together; `per_token` is checked along with it."""
+    columns = {"teacher_tail_logprob_N": tail_N, "student_logprob_N": recorded_N, **per_token}
+    n, width = len(hidden_ND), ids_NK.shape[-1]
+    for name, tensor, shape in (
+        ("lm_head_VD", lm_head_VD, (len(lm_head_VD), hidden_ND.shape[-1])),
+        ("hidden_ND", hidden_ND, (n, lm_head_VD.shape[-1])),
+        ("support_ids_NK", ids_NK, (n, width)),
+        ("teacher_logprobs_NK", logprobs_NK, (n, width)),
+        *((name, one, (n,)) for name, one in columns.items()),
+    ):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise SpecError(name, f"shape {tuple(tensor.shape)}", f"{shape}, as its fellows")
+    if options.kind == "policy_gradient" and (recorded_N is None or width != 1):
+        found = "no student_logprob_N" if recorded_N is None else f"K = {width}"
         raise SpecError("loss.kind policy_gradient", found, "K = 1 and what it was drawn with")
+    ids_NK = _checked_ids(ids_NK, options.vocab_size)
     if tail_N is None:
         real_NK = ids_NK >= 0
         mass_N = logprobs_NK.double().exp().masked_fill(~real_NK, 0.0).sum(-1)
         tail_N = torch.log1p(-mass_N.clamp(max=1.0))
         tail_N = tail_N.masked_fill(real_NK.sum(-1) == options.vocab_size, NEG_INF)
     return Support(ids_NK, logprobs_NK, tail_N, recorded_N)
+
+
+def _checked_ids(ids_NK: Tensor, vocab_size: int) -> Tensor:
+    """int64, each -1 or in the vocabulary."""
+    if ids_NK.is_floating_point() or ids_NK.dtype == torch.bool:
+        raise SpecError("support_ids_NK", str(ids_NK.dtype), "whole numbers")
+    if ids_NK.numel():
+        low, high = (int(one) for one in torch.stack(ids_NK.aminmax()).tolist())
+        if low < -1 or high >= vocab_size:
+            found = f"id {low if low < -1 else high}"
+            raise SpecError("support_ids_NK", found, f"ids below {vocab_size}, or -1 for padding")
+    return ids_NK.long()
+
+
+def _check_values(teacher: Support, weight_N: Tensor) -> None:
+    """What would end as a NaN that nobody can place."""
+    impossible_NK = (teacher.logprobs_NK == NEG_INF) | (teacher.ids_NK < 0)
+    named = {
+        "weight_N": weight_N.isfinite(),
+        "teacher_logprobs_NK": (teacher.logprobs_NK.isfinite() | impossible_NK).all(-1),
+        "teacher_tail_logprob_N": teacher.tail_N.isfinite() | (teacher.tail_N == NEG_INF),
+    }
+    if teacher.recorded_N is not None:
+        named["student_logprob_N"] = teacher.recorded_N.isfinite()
+    for name, fine_N in named.items():
+        if not fine_N.all():
+            row = int(fine_N.int().argmin())
+            raise DataError(f"{name}: found NaN or an infinity in row {row}, expected numbers")
 
 
 def _options(
@@ -242,30 +287,20 @@ def _options(
     beta: float,
     clip: float,
     tail_floor_nats: float,
-    vocab_size: int,
+    vocab_size: int | None,
 ) -> Options:
+    rows = len(lm_head_VD)
+    vocab_size = rows if vocab_size is None else vocab_size
     if kind not in KINDS:
         raise SpecError("loss.kind", repr(kind), " | ".join(KINDS))
-    if chunk_rows < 1:
-        raise SpecError("chunk_rows", str(chunk_rows), "at least 1")
-    if not 0 <= beta <= 1:
-        raise SpecError("loss.beta", str(beta), "a number from 0 to 1")
-    if vocab_size > len(lm_head_VD):
-        raise SpecError("vocab_size", str(vocab_size), f"at most the head's {len(lm_head_VD)} rows")
+    for name, value, fits, expected in (
+        ("chunk_rows", chunk_rows, chunk_rows >= 1, "at least 1"),
+        ("loss.beta", beta, 0 <= beta <= 1, "a number from 0 to 1"),
+        ("loss.clip", clip, 0 < clip < 1, "a number between 0 and 1"),
+        ("tail_floor_nats", tail_floor_nats, NEG_INF < tail_floor_nats < 0, "a number below 0"),
+        ("vocab_size", vocab_size, 1 <= vocab_size <= rows, f"1 to the head's {rows} rows"),
+    ):
+        if not fits:
+            raise SpecError(name, str(value), expected)
     with_grad = torch.is_grad_enabled()
     return Options(kind, chunk_rows, beta, clip, tail_floor_nats, vocab_size, with_grad)
-
-
-def _check_shapes(
-    hidden_ND: Tensor, lm_head_VD: Tensor, ids_NK: Tensor, logprobs_NK: Tensor, *rest: Tensor | None
-) -> None:
-    n, width = len(hidden_ND), ids_NK.shape[-1]
-    expected: list[tuple[str, Tensor, tuple[int, ...]]] = [
-        ("hidden_ND", hidden_ND, (n, lm_head_VD.shape[-1])),
-        ("support_ids_NK", ids_NK, (n, width)),
-        ("teacher_logprobs_NK", logprobs_NK, (n, width)),
-    ]
-    expected += [("a column of tokens", one, (n,)) for one in rest if one is not None]
-    for name, tensor, shape in expected:
-        if tuple(tensor.shape) != shape:
-            raise SpecError(name, f"shape {tuple(tensor.shape)}", f"{shape}, as its fellows")
