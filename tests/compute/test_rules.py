@@ -8,6 +8,7 @@ import types
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -124,14 +125,34 @@ def raises(columns):
     raise KeyError("no such\ncolumn")
 
 
+def leaves(columns):
+    sys.exit("not today")
+
+
+def writes(columns):
+    columns.entropy_N[:] = 0
+    return columns.entropy_N
+
+
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
         (lambda columns: columns.entropy_N[1:], r"answered shape \(2,\)"),
         (lambda columns: columns.entropy_N * math.nan, "with 3 NaN"),
         (lambda _: "high", "answered str"),
-        (lambda _: None, r"answered shape \(\)"),
+        (lambda _: None, "answered NoneType"),
+        (lambda columns: columns.entropy_N[:, None], r"answered shape \(3, 1\)"),
+        (lambda _: 1.0, r"answered shape \(\)"),
+        (lambda columns: columns.entropy_N + 1j, "answered an array of complex128"),
+        (lambda _: ["1", "2", "3"], "answered an array of <U1"),
+        (lambda _: [1.0, None, 2.0], "answered an array of object"),
+        (lambda _: [[1.0], [2.0, 3.0], []], r"answered list \(ValueError"),
+        (lambda _: torch.ones(3, requires_grad=True), r"answered Tensor \(RuntimeError"),
+        (lambda _: (one for one in range(3)), "answered generator"),
+        (lambda _a, _b: 0, "raised TypeError"),
         (raises, "raised KeyError"),
+        (leaves, "raised SystemExit: not today"),
+        (writes, "raised ValueError: assignment destination is read-only"),
     ],
 )
 def test_wrong_answers_of_a_users_rule_are_one_line(user_module, answer, says):
@@ -143,15 +164,37 @@ def test_wrong_answers_of_a_users_rule_are_one_line(user_module, answer, says):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["float32", "int8", "bool", "list", "torch"])
+def test_a_users_rule_may_answer_any_kind_of_numbers(user_module, kind):
+    h, values = np.zeros(4), [0, 1, 0, 1]
+    made = {"list": values, "torch": torch.tensor(values)}.get(kind)
+    made = np.array(values, kind) if made is None else made
+    user_module.best = lambda _: made
+    keep = select(spec("made_up_rules:best"), h, h, h, [0, 4])
+    assert keep.tolist() == [False, True, False, True]
+
+
+def test_a_users_rule_cannot_write_into_the_callers_columns(user_module):
+    """Float64 columns are not copied: they are the caller's own memory."""
+    user_module.best = writes
+    h = np.array([0.1, 0.2])
+    with pytest.raises(SpecError, match="read-only"):
+        select(spec("made_up_rules:best"), h, h, h, [0, 2])
+    assert h.tolist() == [0.1, 0.2]
+    h[0] = 0.5  # and it stays writable for its owner
+
+
 def test_rules_that_are_not_there_are_refused(user_module, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "broken_rules.py").write_text("1 / 0\n")
+    (tmp_path / "leaving_rules.py").write_text("import sys; sys.exit(3)\n")
     user_module.number = 3
     for name, says in (
         ("no_such_package.rules:best", "ModuleNotFoundError"),
         ("made_up_rules:worst", "a function 'worst' in made_up_rules"),
         ("made_up_rules:number", "a function 'number'"),
         ("broken_rules:best", "ZeroDivisionError"),
+        ("leaving_rules:best", "SystemExit: 3"),
         ("q5", "soft_or_bottom"),
     ):
         with pytest.raises(SpecError, match=says) as caught:

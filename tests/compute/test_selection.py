@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -239,7 +240,22 @@ def test_values_that_are_not_finite_are_named(bad, index, name):
         select(spec("soft_or"), *columns, [0, 5, 5, 9])
 
 
-@pytest.mark.parametrize("offsets", [[], [1, 3], [0, 2, 1, 3], [0, 2], [0, 4], [[0, 3]]])
+@pytest.mark.parametrize(
+    "offsets",
+    [
+        [],
+        [1, 3],
+        [0, 2, 1, 3],
+        [0, 2],
+        [0, 4],
+        [[0, 3]],
+        3,
+        [0, 1.5, 3],
+        [0, math.nan, 3],
+        "03",
+        None,
+    ],
+)
 def test_offsets_that_do_not_fit_are_refused(offsets):
     three = np.zeros(3)
     with pytest.raises(SpecError):
@@ -252,6 +268,34 @@ def test_columns_that_do_not_fit_are_refused():
         select(spec("all"), three, three, np.zeros(4), [0, 3])
     with pytest.raises(SpecError, match="row_keys"):
         select(spec("random"), three, three, three, [0, 3], row_keys=[(0,), (1,)])
+    with pytest.raises(SpecError, match=r"row_keys: found \(1, 2\) twice"):
+        select(spec("random"), three, three, three, [0, 1, 3], row_keys=[(1, 2), [1, 2]])
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        *(["a"] * 3, ["1"] * 3, [None] * 3, [[1], [1, 2]], 0.5),
+        *(np.zeros(3, complex), np.zeros((3, 1))),
+        *(torch.zeros(3, requires_grad=True), torch.zeros(3).bfloat16()),
+    ],
+)
+def test_columns_that_are_no_numbers_are_refused_in_one_line(column):
+    three = np.zeros(3)
+    with pytest.raises(SpecError, match="reverse_kl") as caught:
+        select(spec("soft_or"), three, column, three, [0, 3])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rule", ["random", "entropy_sample"])
+def test_a_key_may_be_a_number_or_a_word(rule):
+    h = np.linspace(0.1, 0.9, 40)
+    for plain, tuples in (([7, 3], [(7,), (3,)]), (["one", "two"], [("one",), ("two",)])):
+        found = select(spec(rule), h, h, h, [0, 20, 40], row_keys=plain)
+        assert np.array_equal(found, select(spec(rule), h, h, h, [0, 20, 40], row_keys=tuples))
+        assert np.array_equal(
+            found, select(spec(rule), h, h, h, [0, 20, 40], row_keys=np.array(plain))
+        )
 
 
 # --- scores and quadrants

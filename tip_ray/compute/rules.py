@@ -20,7 +20,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from tip_ray.compute.columns import Columns, Floats
+from tip_ray.compute.columns import Columns, Floats, numbers
 from tip_ray.compute.sampling import race_scores, uniform_draws
 from tip_ray.compute.user_function import call_function, load_function
 from tip_ray.contract.errors import DataError, SpecError
@@ -49,11 +49,8 @@ def _of_user(
 ) -> Floats:
     answer = call_function(function, spec.rule, "selection.rule", columns)
     expected = f"one number for each of {len(columns.entropy_N)} tokens, never NaN"
-    try:
-        score_N = np.asarray(answer, np.float64)
-    except (TypeError, ValueError):
-        found = f"{spec.rule!r} answered {type(answer).__name__}"
-        raise SpecError("selection.rule", found, expected) from None
+    answered = numbers("selection.rule", answer, expected, f"{spec.rule!r} answered ")
+    score_N = np.asarray(answered, np.float64)
     if score_N.shape != columns.entropy_N.shape or np.isnan(score_N).any():
         found = f"{spec.rule!r} answered shape {score_N.shape}"
         if np.isnan(score_N).any():

@@ -18,7 +18,7 @@ def load_function(path: str, field: str) -> Callable[..., Any]:
     module_name, _, name = path.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # importing a user's module may raise anything
+    except (Exception, SystemExit) as error:  # importing a user's module may raise anything
         raise SpecError(
             field,
             f"{path!r} ({one_line(error)})",
@@ -40,7 +40,7 @@ def call_function(function: Callable[..., Any], path: str, field: str, *argument
     """
     try:
         return function(*arguments)
-    except Exception as error:  # so may calling it
+    except (Exception, SystemExit) as error:  # so may calling it
         raise SpecError(
             field, f"{path!r} raised {one_line(error)}", "an answer", "mend the function"
         ) from error
