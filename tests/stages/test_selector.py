@@ -11,7 +11,7 @@ import pytest
 from tests.tables_made import MadeStep, made_step, row_tokens
 from tip_ray.compute.columns import Columns
 from tip_ray.contract import tables
-from tip_ray.contract.errors import SpecError, TableError
+from tip_ray.contract.errors import DataError, SpecError, TableError
 from tip_ray.contract.headers import QuadrantThresholds
 from tip_ray.contract.spec import BUILTIN_RULES, LossSpec, SelectionSpec
 from tip_ray.stages.cut import cut
@@ -199,8 +199,61 @@ def test_a_step_whose_prompts_all_pass_weighs_nothing(made: MadeStep) -> None:
     assert not tables.column(keep, "weight").any()
     assert header.kept_tokens > 0
     assert header.weight_sum == 0.0
+    assert tables.column(keep, "rank").tolist() == [-1] * keep.num_rows
+    assert header.nothing_kept == tables.tried(keep)
     mixed, _ = chosen.select(asked, {key: float(key[2]) for key in asked}, None, made.scores)
     assert mixed.weight_sum > 0.0
+
+
+@pytest.mark.parametrize("normalize", ["token", "rollout"])
+def test_rows_without_weight_stay_behind_and_divisors_still_count_them(
+    made: MadeStep, normalize: str
+) -> None:
+    asked = row_tokens(made.rollouts)
+    chosen = selector(normalize=normalize, sample_weight="pass_rate", ranks=2)
+    rewards = {key: float(key[2] == 0 or key[1] == 2) for key in asked}  # both of slot 2 passed
+    header, keep = chosen.select(asked, rewards, None, made.scores)
+    plain_header, plain = selector(normalize=normalize).select(asked, {}, None, made.scores)
+    assert keep.column("kept").equals(plain.column("kept"))
+    assert header.kept_tokens == plain_header.kept_tokens
+    for key, row, before in zip(
+        tables.keys(keep), keep.to_pylist(), plain.column("weight").to_pylist(), strict=True
+    ):
+        factor = 0.0 if key[1] == 2 else 0.25
+        assert row["weight"] == pytest.approx([factor * one for one in before])
+        assert (row["rank"] == -1) == (key[1] == 2 or not row["kept"])
+    stays = {(2, 0), (2, 1)} | {key[1:] for key, one in _kept(keep) if not one}
+    assert {(slot, sample) for slot, sample, _ in header.nothing_kept} == stays
+    _, _, *selected = cut(2, keep, made.scores, made.targets, made.rollouts)
+    sent = {key[1:] for table in selected for key in tables.keys(table)}
+    assert sent == {key[1:] for key in asked} - stays
+
+
+def _kept(keep: pa.Table) -> list[tuple[tables.Key, list[int]]]:
+    return list(zip(tables.keys(keep), keep.column("kept").to_pylist(), strict=True))
+
+
+def _replaced(table: pa.Table, name: str, values: list[list[float]]) -> pa.Table:
+    field = table.schema.field(name)
+    return table.set_column(table.column_names.index(name), field, pa.array(values, field.type))
+
+
+@pytest.mark.parametrize("rule", ["all", "random", "soft_or"])
+def test_scores_that_are_no_numbers_or_of_other_lengths_are_refused(
+    made: MadeStep, rule: str
+) -> None:
+    asked = row_tokens(made.rollouts)
+    for name in ("student_entropy", "reverse_kl", "forward_kl", "teacher_entropy"):
+        for bad in (math.nan, math.inf, -math.inf):
+            values = made.scores.column(name).to_pylist()
+            place = made.scores.column("loss_mask").to_pylist()[4].index(1)
+            values[4][place] = bad
+            with pytest.raises(DataError, match=rf"{name}.*{bad}.*\(1, 2, 0\)"):
+                selector(rule).select(asked, {}, None, _replaced(made.scores, name, values))
+        values = made.scores.column(name).to_pylist()
+        values[0].append(values[1].pop())
+        with pytest.raises(TableError, match=rf"{name}.*lengths differ"):
+            selector(rule).select(asked, {}, None, _replaced(made.scores, name, values))
 
 
 def test_frozen_thresholds_are_those_of_the_first_step(made: MadeStep) -> None:

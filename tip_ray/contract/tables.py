@@ -113,7 +113,7 @@ KEEP = _schema(
     # [k]; what the token's divergence is multiplied with: normalisation included, so that the
     # step's loss is the plain sum over all kept tokens of all ranks.
     _field("weight", list_of(FLOAT32)),
-    _field("rank", INT32),  # the learner rank that trains on the row; -1: no token kept
+    _field("rank", INT32),  # the learner rank that trains on the row; -1: no token weighs
     _field("quadrant", list_of(UINT8)),  # [m]; 1..4, 0 where loss_mask is 0
     _field("shown", UINT8),  # 1: the row goes to samples/
 )

@@ -33,6 +33,7 @@ from tip_ray.contract.errors import TableError
 from tip_ray.contract.headers import QuadrantThresholds, SelectionHeader
 from tip_ray.contract.spec import LossSpec, SelectionSpec
 from tip_ray.contract.tables import Key
+from tip_ray.stages.data_errors import check_scores
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -94,10 +95,13 @@ class SelectorActor:
             scores: SCORES tables in any order; repeats of a key are dropped.
 
         Raises:
-            TableError: scores of a rollout are missing, or of a rollout nobody asked for.
+            TableError: scores of a rollout are missing, or of a rollout nobody asked for, or their
+                columns differ in length.
+            DataError: a loss token's score is NaN or infinite.
         """
         began = time.perf_counter()
         table = tables.newest_attempts(tables.concat(scores, tables.SCORES))
+        check_scores(table)
         _check_complete(tables.keys(table), row_tokens)
         step = self._read(table)
         keep_N, weight_N = select_weighted(
@@ -170,11 +174,10 @@ class SelectorActor:
         columns: dict[str, Any] = {name: step.table.column(name) for name in tables.KEY_COLUMNS}
         kept = position_T[keep_T].astype(np.int32)
         columns["kept"] = tables.list_array(kept, kept_offsets, _type("kept"))
-        columns["weight"] = tables.list_array(
-            coefficient_N[keep_N].astype(np.float32), kept_offsets, _type("weight")
-        )
+        weight = coefficient_N[keep_N].astype(np.float32)
+        columns["weight"] = tables.list_array(weight, kept_offsets, _type("weight"))
         columns["quadrant"] = tables.list_array(quadrant_T, step.offsets, _type("quadrant"))
-        columns["rank"] = self._ranks_of_rows(step, kept, kept_offsets, row_tokens)
+        columns["rank"] = self._ranks_of_rows(step, kept, weight, kept_offsets, row_tokens)
         columns["shown"] = _evenly(step.table.num_rows, self._samples)
         return tables.build(tables.KEEP, columns)
 
@@ -182,11 +185,12 @@ class SelectorActor:
         self,
         step: _Step,
         kept: npt.NDArray[np.int32],
+        weight: FloatArray,
         kept_offsets: npt.NDArray[np.int64],
         row_tokens: Mapping[Key, int],
     ) -> npt.NDArray[np.int32]:
-        """[R]: balanced by the inputs a row still needs; -1 where nothing of it is kept."""
-        rows = np.flatnonzero(np.diff(kept_offsets))
+        """[R]: balanced by the inputs a row still needs; -1 where nothing of it has any weight."""
+        rows = np.flatnonzero(np.diff(np.concatenate([[0], np.cumsum(weight != 0)])[kept_offsets]))
         whole = np.array([row_tokens[key] for key in tables.keys(step.table)], np.int64)
         prompt = whole - np.diff(step.offsets)
         inputs = prompt[rows] + kept[kept_offsets[rows + 1] - 1]
