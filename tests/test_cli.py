@@ -257,7 +257,8 @@ def test_status_for_people_and_as_json(call: Call) -> None:
     assert shown["directory"] == "runs/a-run"
     data = json.loads(call("status", "a-run", "--json")[1])
     assert data["accuracy"] == 0.95
-    assert (data["health"], data["heartbeat_age_s"]) == ("ended", None)
+    assert data["health"] == "ended"
+    assert 0 <= data["heartbeat_age_s"] < 60
     assert RunStatus.model_validate(data).state is RunState.SUCCEEDED
 
 

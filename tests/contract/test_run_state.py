@@ -13,6 +13,7 @@ from tip_ray.contract.run_state import (
     RunState,
     RunStatus,
     check_transition,
+    observe,
 )
 
 LEGAL = {
@@ -59,7 +60,18 @@ def test_three_states_are_ends() -> None:
 def test_health_follows_the_heartbeat(state: RunState, age_s: float, health: str) -> None:
     times = {"started_at": 1000.0, "updated_at": 1000.0, "heartbeat_at": 1000.0}
     status = RunStatus(run_id="a", name="a", steps=1, state=state, **times)
-    assert status.health(now=1000.0 + age_s) == health
+    now = 1000.0 + age_s
+    assert status.health_at(now) == health
+    seen = observe(status, now)
+    assert (seen.health, seen.heartbeat_age_s) == (health, pytest.approx(age_s))
+    assert RunStatus.model_validate(seen.model_dump()) == status
+    assert observe(seen, now) == seen
+
+
+def test_a_clock_that_is_behind_makes_no_heartbeat_of_the_future() -> None:
+    times = {"started_at": 1.0, "updated_at": 1.0, "heartbeat_at": 1000.0}
+    seen = observe(RunStatus(run_id="a", name="a", steps=1, **times), now=999.0)
+    assert (seen.health, seen.heartbeat_age_s) == ("live", 0.0)
 
 
 def test_a_status_of_a_newer_release_is_still_read() -> None:

@@ -56,7 +56,7 @@ def watch_line(found: RunStatus, now: float) -> str:
 
 
 def _state(found: RunStatus, now: float) -> str:
-    health = found.health(now)
+    health = found.health_at(now)
     return found.state.value if health in ("live", "ended") else f"{found.state.value}, {health}"
 
 
@@ -90,7 +90,7 @@ def _follow_live(reader: RunReader, console: Console) -> RunStatus:
 
 
 def _refuse_lost(found: RunStatus, now: float) -> None:
-    if found.health(now) == "lost":
+    if found.health_at(now) == "lost":
         silent = duration(now - found.heartbeat_at)
         cure = f"start it again with --run-id {found.run_id} to go on from its checkpoint"
         raise RunFailedError(f"{found.run_id}: no sign of life for {silent}; {cure}")

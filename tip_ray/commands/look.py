@@ -14,7 +14,7 @@ from rich.text import Text
 
 from tip_ray.commands.begin import from_here
 from tip_ray.commands.output import printable, warn, write, write_pairs, write_table
-from tip_ray.contract.run_state import RunState, RunStatus
+from tip_ray.contract.run_state import RunState, RunStatus, observe
 from tip_ray.control.progress import percent, shortest, size
 from tip_ray.control.run_directory import RunDirectory
 from tip_ray.control.run_reader import RunReader, default_run_roots, list_runs, resolve_run
@@ -45,9 +45,8 @@ def status(options: argparse.Namespace) -> int:
     reader = resolve(options)
     found, now = reader.read_status(), time.time()
     if options.json:
-        age_s = None if found.state.ended else round(max(0.0, now - found.heartbeat_at), 1)
-        extra = {"health": found.health(now), "heartbeat_age_s": age_s, "directory": reader.url}
-        write(json.dumps({**found.model_dump(mode="json"), **extra}, indent=2))
+        observed = observe(found, now).model_dump(mode="json")
+        write(json.dumps({**observed, "directory": reader.url}, indent=2))
         return 0
     write_pairs(status_rows(found, reader.url, now), status_styles(found, now))
     return 0
@@ -55,7 +54,7 @@ def status(options: argparse.Namespace) -> int:
 
 def status_rows(found: RunStatus, directory: str, now: float) -> list[tuple[str, str]]:
     """(what, value) of everything that is known."""
-    health = found.health(now)
+    health = found.health_at(now)
     state = found.state.value if health == "ended" else f"{found.state.value}, {health}"
     if health in ("stale", "lost"):
         state += f": no sign of life for {duration(now - found.heartbeat_at)}"
@@ -90,7 +89,7 @@ def _accuracy(found: RunStatus) -> str:
 
 def status_styles(found: RunStatus, now: float) -> dict[str, str]:
     """Colours of `status_rows`."""
-    silent = found.health(now) in ("stale", "lost")
+    silent = found.health_at(now) in ("stale", "lost")
     return {"state": "bold red" if silent else _STATE_STYLES.get(found.state, "bold")}
 
 
@@ -105,7 +104,7 @@ def list_all(options: argparse.Namespace) -> int:
     rows = [
         (
             run.run_id,
-            run.state.value if run.state.ended else f"{run.state.value}, {run.health(now)}",
+            run.state.value if run.state.ended else f"{run.state.value}, {run.health_at(now)}",
             f"{run.step}/{run.steps}",
             percent(run.accuracy),
             percent(run.kept_fraction),

@@ -93,12 +93,26 @@ class RunStatus(BaseModel):
     updates_skipped: int = 0
     recoveries: int = 0
 
-    def health(self, now: float) -> Health:
+    def health_at(self, now: float) -> Health:
         """From the heartbeat's age: a silent run is never shown as simply RUNNING."""
         if self.state.ended:
             return "ended"
         age_s = now - self.heartbeat_at
         return "live" if age_s < STALE_AFTER_S else "stale" if age_s < LOST_AFTER_S else "lost"
+
+
+class ObservedStatus(RunStatus):
+    """A status as someone saw it at one moment: what clients get and the status API sends."""
+
+    health: Health
+    heartbeat_age_s: float
+    """Never negative: two machines' clocks may differ."""
+
+
+def observe(status: RunStatus, now: float) -> ObservedStatus:
+    """`status` as it looks at `now`, in seconds since 1970."""
+    health, age_s = status.health_at(now), max(0.0, now - status.heartbeat_at)
+    return ObservedStatus(**{**dict(status), "health": health, "heartbeat_age_s": age_s})
 
 
 class StepMetrics(BaseModel):
