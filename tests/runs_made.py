@@ -75,6 +75,7 @@ def made_samples(step: int, texts: list[list[str]], seed: int = 0) -> pa.Table:
                 "finish_reason": "stop",
                 "text": text,
                 "prompt_text": "27+18=",
+                **dict.fromkeys(("student_top_text", "teacher_top_text"), [list("01234")] * m),
             }
         )
     return pa.Table.from_pylist(rows, schema=SAMPLES_WITH_TEXT)

@@ -42,7 +42,7 @@ from tip_ray.contract.errors import (
 from tip_ray.contract.headers import Quarantined
 from tip_ray.contract.run_state import EvaluationResult, RunStatus, StepMetrics
 from tip_ray.contract.spec import RunSpec
-from tip_ray.contract.tables import SAMPLES, STRING, conform, list_of
+from tip_ray.contract.tables import SAMPLES, STRING, TOP_SHOWN, conform, list_of, rows_of
 from tip_ray.control.metrics_parts import METRICS_SCHEMA, from_parquet, merge_parts, to_parquet
 from tip_ray.control.spec_file import dump_spec
 from tip_ray.control.storage import Storage
@@ -62,6 +62,9 @@ SAMPLES_WITH_TEXT = pa.schema(
         *SAMPLES,
         pa.field("text", list_of(STRING), nullable=False),  # [m]; a string a response token
         pa.field("prompt_text", STRING, nullable=False),
+        # [m, 5]; of the ids in *_top_ids, "" where there is none
+        pa.field("student_top_text", rows_of(STRING, TOP_SHOWN), nullable=False),
+        pa.field("teacher_top_text", rows_of(STRING, TOP_SHOWN), nullable=False),
     ]
 )
 
