@@ -383,3 +383,40 @@ def test_a_step_in_which_nothing_is_kept_still_cuts(made: MadeStep) -> None:
     _, samples, *selected = cut(2, keep, scores, made.targets, made.rollouts)
     assert [table.num_rows for table in selected] == [0, 0]
     assert samples.num_rows == 2
+
+
+def test_tables_that_do_not_belong_together_are_not_cut(made: MadeStep) -> None:
+    _, keep = selector().select(row_tokens(made.rollouts), {}, None, made.scores)
+    whole = {"keep": keep, "scores": made.scores, "targets": made.targets}
+
+    def refused(says: str, rollouts: pa.Table = made.rollouts, **changed: pa.Table) -> None:
+        given = whole | changed
+        with pytest.raises(TableError, match=says) as caught:
+            cut(1, given["keep"], given["scores"], given["targets"], rollouts)
+        assert "\n" not in str(caught.value)
+
+    def moved(table: pa.Table, name: str) -> pa.Table:
+        values = table.column(name).to_pylist()
+        values[0].append(values[1].pop())
+        return _replaced(table, name, values)
+
+    for name in ("support_ids", "teacher_logprobs", "teacher_tail_logprob"):
+        refused(rf"{name}.*lengths differ.*\(1, 0, 0\)", targets=moved(made.targets, name))
+    refused("student_logprob.*lengths differ", rollouts=moved(made.rollouts, "student_logprob"))
+    refused("reverse_kl.*lengths differ", scores=moved(made.scores, "reverse_kl"))
+    refused("quadrant.*lengths differ", keep=moved(keep, "quadrant"))
+    refused("weight.*lengths differ from kept", keep=moved(keep, "weight"))
+    refused(r"no rollout of \(1, 0, 0\)", rollouts=made.rollouts.slice(1))
+    refused("SCORES of other rollouts", scores=made.scores.slice(1))
+    for outside in (-1, 99):
+        kept = keep.column("kept").to_pylist()
+        kept[3][0] = outside
+        refused(rf"'kept': {outside} .*\(1, 1, 1\)", keep=_replaced(keep, "kept", kept))
+
+
+def test_a_rollout_made_twice_is_not_cut_by_the_other_tries_length(made: MadeStep) -> None:
+    """Two tries of one key: the later table wins, and TARGETS may be of the earlier one."""
+    _, keep = selector().select(row_tokens(made.rollouts), {}, None, made.scores)
+    again = made_step(np.random.default_rng(5), rows=12, vocab_size=VOCAB).rollouts
+    with pytest.raises(TableError, match="lengths differ"):
+        cut(1, keep, made.scores, made.targets, made.rollouts, again)

@@ -16,9 +16,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from tip_ray.contract import tables
+from tip_ray.contract.errors import TableError
 from tip_ray.contract.headers import CutHeader
 from tip_ray.contract.tables import TOP_SHOWN
+from tip_ray.stages.data_errors import check_lengths, rows_of
 
+_KEY = ("step", "slot", "sample_index")
 IntArray = npt.NDArray[np.int64]
 
 
@@ -38,6 +41,9 @@ def cut(
         scores, targets: one teacher batch.
         rollouts: ROLLOUTS tables that hold at least the rows of the batch.
         sampled_only: the support that travels is the sampled token alone, for policy_gradient.
+
+    Raises:
+        TableError: a rollout that KEEP decided on is missing, or the tables disagree on its length.
     """
     began = time.perf_counter()
     width = 1 if sampled_only else targets.schema.field("support_ids").type.value_type.list_size
@@ -62,6 +68,19 @@ class _Batch:
         self.response_offsets = tables.offsets(rollouts, "response_ids")
         self.prompt_offsets = tables.offsets(rollouts, "prompt_ids")
         self.kept_offsets = tables.offsets(keep, "kept")
+        self._check()
+
+    def _check(self) -> None:
+        """Flat indices are made of offsets: where tables disagree they are of another token."""
+        for table in (self.scores, self.targets, self.keep.select([*_KEY, "quadrant"])):
+            check_lengths(table, self.response_offsets, "response_ids of ROLLOUTS")
+        check_lengths(self.keep.select([*_KEY, "kept", "weight"]), self.kept_offsets, "kept")
+        check_lengths(self.rollouts, self.response_offsets, "response_ids")
+        kept, counts = tables.column(self.keep, "kept"), np.diff(self.kept_offsets)
+        outside = (kept < 0) | (kept >= np.repeat(np.diff(self.response_offsets), counts))
+        if outside.any():
+            key = tables.keys(self.keep)[int(rows_of(self.keep, outside, "kept")[0])]
+            raise TableError(f"column 'kept': {kept[outside][0]} is no response token of {key}")
 
     def flat(self, rows: IntArray) -> IntArray:
         """[k] indices into the flat response columns of the tokens kept in `rows`."""
@@ -82,6 +101,10 @@ def _aligned(
     decided = {key: row for row, key in enumerate(tables.keys(keep))}
     own = tables.keys(targets)
     rows = [row for row, key in enumerate(own) if key in decided]
+    missing = [own[row] for row in rows if own[row] not in place]
+    if missing or tables.keys(scores) != own:
+        what = f"no rollout of {missing[0]}" if missing else "SCORES of other rollouts than TARGETS"
+        raise TableError(f"cut: {what}; all tables of a teacher batch belong together")
     return _Batch(
         keep.take([decided[own[row]] for row in rows]).combine_chunks(),
         scores.take(rows).combine_chunks(),
