@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.compute import dense_reference as dense
 from tip_ray.compute.divergence import tail_logprob
@@ -58,3 +60,17 @@ def assert_same(problem, found, expected, **tolerance):
     torch.testing.assert_close(found, expected, **tolerance)
     for a, b in zip(problem.grads(found), problem.grads(expected), strict=True):
         torch.testing.assert_close(a, b, **tolerance)
+
+
+class Sizes(TorchDispatchMode):
+    """The sizes of every tensor that an operation returns, in (elements, dtype)."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.seen |= {(leaf.numel(), leaf.dtype) for leaf in leaves}
+        return result

@@ -6,11 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from tests.compute.loss_made import F64, NEG_INF, Problem, assert_same
-from tip_ray.compute import loss as loss_module
+from tests.compute.loss_made import F64, NEG_INF, Problem, Sizes, assert_same
+from tip_ray.compute import loss_head
 from tip_ray.compute.divergence import support_divergence, tail_logprob, token_divergence
 from tip_ray.compute.loss import kept_loss, kept_loss_with_stats
 from tip_ray.contract.errors import SpecError
@@ -249,7 +247,7 @@ def test_a_nan_is_never_hidden():
 @pytest.mark.parametrize("hidden_dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("head_dtype", [torch.bfloat16, torch.float32])
 def test_narrow_inputs_are_computed_in_float32(hidden_dtype, head_dtype, monkeypatch):
-    monkeypatch.setattr(loss_module, "_CAST_ELEMENTS", 16)  # three rows of the head a block
+    monkeypatch.setattr(loss_head, "_CAST_ELEMENTS", 16)  # three rows of the head a block
     problem = Problem(17, dtype=torch.float32)
     hidden = problem.hidden.detach().to(hidden_dtype).requires_grad_()
     head = problem.head.detach().to(head_dtype).requires_grad_()
@@ -330,20 +328,6 @@ def test_statistics_are_the_learners_own_and_carry_no_gradient():
     assert not any(value.requires_grad for value in stats)
 
 
-class Sizes(TorchDispatchMode):
-    """The sizes of every tensor that an operation returns, in (elements, dtype)."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self.seen |= {(leaf.numel(), leaf.dtype) for leaf in leaves}
-        return result
-
-
 def test_logits_never_exist_for_all_rows():
     n, d, v, chunk_rows = 1024, 8, 400, 16
     problem = Problem(22, n=n, d=d, v=v, k=3, dtype=torch.float32)
@@ -361,7 +345,7 @@ def test_logits_never_exist_for_all_rows():
 
 
 def test_a_narrow_head_is_never_cast_as_a_whole(monkeypatch):
-    monkeypatch.setattr(loss_module, "_CAST_ELEMENTS", 64)
+    monkeypatch.setattr(loss_head, "_CAST_ELEMENTS", 64)
     problem = Problem(23, n=5, d=8, v=400, k=3, dtype=torch.bfloat16)
     hidden, head, ids, logprobs, weight = problem.arguments()
     with Sizes() as sizes:

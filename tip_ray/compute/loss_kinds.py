@@ -1,6 +1,7 @@
 """What a kept token's loss is on its support, and how it pulls at the student's distribution.
 
 C  rows of a chunk        K  ids of a token's support; -1 = padding, -inf on both sides
+V  shared vocabulary
 
 Each kind sees the student's log-probabilities on the support and of the tail bucket, and answers
 the value and its derivative by each of those log-probabilities. By those and not by masses: a
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tip_ray.compute.divergence import floor_impossible
+from tip_ray.compute.divergence import drop_ids_, floor_impossible
 
 NEG_INF = float("-inf")
 
@@ -139,3 +140,29 @@ KINDS: dict[str, Kind] = {
     "jsd": jsd,
     "policy_gradient": policy_gradient,
 }
+
+
+class SupportTeacher(NamedTuple):
+    """A `TeacherSide` that is known on supports and their tails."""
+
+    support: Support
+    options: Options
+
+    def divergence_(
+        self, logprobs_CV: Tensor, rows: slice, weight_C: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `TeacherSide`."""
+        teacher = self.support.chunk(rows, logprobs_CV.dtype)
+        student_CK = logprobs_CV.gather(1, teacher.ids_NK.clamp(min=0))
+        student_CK.masked_fill_(teacher.ids_NK < 0, NEG_INF)
+        tail_C = drop_ids_(logprobs_CV, teacher.ids_NK).logsumexp(-1)
+        pull = KINDS[self.options.kind](student_CK, tail_C, teacher, self.options)
+        # Through the softmax: d/dz_j = g_j - p_j sum(g). On the support g_j is the pull by ln p_j;
+        # an id of the tail takes its share p_j / r of the pull by ln r.
+        total_C = pull.by_logprob_CK.sum(-1) + pull.by_tail_C
+        finite_C = tail_C.clamp(min=torch.finfo(tail_C.dtype).min)  # an empty tail has no shares
+        grad_CV = logprobs_CV.sub_(finite_C[:, None]).exp_()
+        grad_CV.mul_((weight_C * (pull.by_tail_C - tail_C.exp() * total_C))[:, None])
+        on_support_CK = pull.by_logprob_CK - student_CK.exp() * total_C[:, None]
+        grad_CV.scatter_add_(1, teacher.ids_NK.clamp(min=0), on_support_CK * weight_C[:, None])
+        return pull.value_C, grad_CV
