@@ -195,3 +195,18 @@ def test_tables_that_do_not_fit_are_refused():
     index = table.column_names.index("kept_positions")
     with pytest.raises(TableError, match="kept_positions"):
         micro_batches(table.set_column(index, table.schema.field(index), fewer), 8)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [one for one in selected_schema(WIDTH).names[6:-1] if one != "kept_weight"],
+)
+def test_columns_of_kept_tokens_must_agree_row_by_row(name):
+    """The sum agrees: only the rows tell that a token has another one's targets."""
+    table = selected([(0, 5, [2, 4]), (1, 6, [1, 3])])
+    values = table.column(name).to_pylist()
+    values[0].append(values[1].pop(0))
+    field = table.schema.field(name)
+    moved = table.set_column(table.column_names.index(name), field, pa.array(values, field.type))
+    with pytest.raises(TableError, match=rf"'{name}': not as many a row"):
+        micro_batches(moved, 8)

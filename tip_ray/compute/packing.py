@@ -57,7 +57,8 @@ def micro_batches(selected: pa.Table, max_tokens: int) -> list[MicroBatch]:
 
     Raises:
         SpecError: `max_tokens` is below 1.
-        TableError: `selected` does not conform, or a kept position is outside of its row.
+        TableError: `selected` does not conform, a row's columns of kept tokens differ in length,
+            or a kept position is outside of its row.
     """
     width = _support_width(selected)
     table = conform(selected, selected_schema(width))
@@ -156,12 +157,11 @@ def _support_width(selected: pa.Table) -> int:
 
 
 def _check_positions(table: pa.Table, lengths_R: Ints, kept_R: Ints) -> None:
+    lists = [field.name for field in table.schema if pa.types.is_list(field.type)]
+    for name in lists:
+        if name != "input_ids" and (np.diff(offsets(table, name)) != kept_R).any():
+            raise TableError(f"column {name!r}: not as many a row as in 'kept_weight'")
     positions_N = column(table, "kept_positions")
-    if (
-        len(positions_N) != kept_R.sum()
-        or (np.diff(offsets(table, "kept_positions")) != kept_R).any()
-    ):
-        raise TableError("column 'kept_positions': not as many a row as in 'kept_weight'")
     outside_N = (positions_N < 0) | (positions_N >= np.repeat(lengths_R, kept_R))
     if outside_N.any():
         row = int(np.repeat(np.arange(len(kept_R)), kept_R)[np.argmax(outside_N)])
