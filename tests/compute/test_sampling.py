@@ -68,7 +68,7 @@ def columns_of(h, offsets):
 )
 def test_shares_sum_to_their_budget_and_are_capped_multiples_of_the_weight(values, fraction):
     weight = np.array(values)
-    share = capped_shares(weight, fraction)
+    share = capped_shares(weight[None], fraction)[0]
     assert ((share >= 0) & (share <= 1)).all()
     assert share.sum() == pytest.approx(fraction * len(weight), rel=1e-9)
     normal = (weight > 1e-300) & (share < 1) & (share > 0)

@@ -1,16 +1,18 @@
 """Draws of the sampling rules, seeded rollout by rollout with the rollout's key.
 
 N  loss tokens of the step        m  loss tokens of a rollout, or of the step with scope batch
+B  rollouts of one length
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import numpy as np
 
 from tip_ray.compute.columns import Columns, Floats
+from tip_ray.compute.row_blocks import row_blocks
+from tip_ray.compute.seed_words import generators
 from tip_ray.contract.seeds import derive_seed
 from tip_ray.contract.spec import SelectionSpec
 
@@ -48,33 +50,48 @@ def inclusion_probabilities(spec: SelectionSpec, columns: Columns) -> Floats:
     """
     if spec.rule == "random":
         return np.full(len(columns.entropy_N), max(spec.retention, SMALLEST_INCLUSION))
-    ends = columns.row_offsets.tolist()
+    offsets = columns.row_offsets
     if spec.scope == "batch":
-        ends = [0, ends[-1]]
-    parts = [capped_shares(columns.entropy_N[a:b], spec.retention) for a, b in pairwise(ends)]
-    whole_N = np.concatenate(parts) if parts else np.zeros(0)
-    return np.maximum(whole_N, SMALLEST_INCLUSION)
+        offsets = offsets[[0, -1]]
+    share_N = np.zeros(len(columns.entropy_N))
+    for index_Bm in row_blocks(offsets):
+        share_N[index_Bm] = capped_shares(columns.entropy_N[index_Bm], spec.retention)
+    return np.maximum(share_N, SMALLEST_INCLUSION)
 
 
-def capped_shares(weight_m: Floats, fraction: float) -> Floats:
-    """[m] min(1, c weight) with c such that they sum to fraction m.
+def capped_shares(weight_Bm: Floats, fraction: float) -> Floats:
+    """[B, m] min(1, c weight) with c such that each row sums to fraction m.
 
     Where even all positive weights at 1 do not reach that, the others share the rest evenly.
     """
-    positive = int(np.count_nonzero(weight_m))
-    budget = fraction * len(weight_m)
-    if budget >= positive:
-        rest = (budget - positive) / max(len(weight_m) - positive, 1)
-        return np.where(weight_m > 0, 1.0, rest)
-    order_m = np.argsort(-weight_m, kind="stable")
-    sorted_m = weight_m[order_m] / weight_m[order_m[0]]  # scaled: sums of denormals round
-    suffix_m = np.cumsum(sorted_m[::-1])[::-1]  # what is left once the j largest are at 1
-    left_m = budget - np.arange(len(weight_m))
-    at_one = int(np.argmax(left_m * sorted_m <= suffix_m))
-    shares_m = np.ones(len(weight_m))
-    tail_m = left_m[at_one] * (sorted_m[at_one:] / suffix_m[at_one])
-    shares_m[order_m[at_one:]] = np.minimum(tail_m, 1.0)
-    return shares_m
+    m = weight_Bm.shape[1]
+    budget = fraction * m
+    positive_B = np.count_nonzero(weight_Bm, axis=1)
+    rest_B = (budget - positive_B) / np.maximum(m - positive_B, 1)
+    share_Bm = np.where(weight_Bm > 0, 1.0, rest_B[:, None])
+    short_B = budget < positive_B
+    share_Bm[short_B] = _scaled_to(budget, weight_Bm[short_B])
+    return share_Bm
+
+
+def _scaled_to(budget: float, weight_Bm: Floats) -> Floats:
+    """min(1, c weight) of rows with more positive weights than `budget`."""
+    order_Bm = np.argsort(-weight_Bm, axis=1, kind="stable")
+    sorted_Bm = np.take_along_axis(weight_Bm, order_Bm, 1)
+    sorted_Bm /= sorted_Bm[:, :1].copy()  # scaled: sums of denormals round
+    # What is left, of weight and of budget, once the j largest are at 1.
+    suffix_Bm = np.cumsum(sorted_Bm[:, ::-1], axis=1)[:, ::-1]
+    left_m = budget - np.arange(weight_Bm.shape[1])
+    at_one_B = np.argmax(left_m * sorted_Bm <= suffix_Bm, axis=1)
+    capped_Bm = np.arange(len(left_m)) < at_one_B[:, None]
+    sorted_Bm[capped_Bm] = 0.0  # next to denormals they would overflow
+    sorted_Bm /= suffix_Bm[np.arange(len(weight_Bm)), at_one_B][:, None]
+    sorted_Bm *= left_m[at_one_B][:, None]
+    np.minimum(sorted_Bm, 1.0, out=sorted_Bm)
+    sorted_Bm[capped_Bm] = 1.0
+    share_Bm = np.empty_like(sorted_Bm)
+    np.put_along_axis(share_Bm, order_Bm, sorted_Bm, 1)
+    return share_Bm
 
 
 def _any_of_rows(columns: Columns) -> np.typing.NDArray[np.bool_]:
@@ -84,8 +101,7 @@ def _any_of_rows(columns: Columns) -> np.typing.NDArray[np.bool_]:
 
 
 def _draws(columns: Columns, draw: Callable[[np.random.Generator, int], Floats]) -> Floats:
-    parts = [
-        draw(np.random.Generator(np.random.PCG64(derive_seed(columns.seed, *columns.key(row)))), m)
-        for row, m in enumerate(columns.row_lengths.tolist())
-    ]
+    lengths = columns.row_lengths.tolist()
+    seeds = [derive_seed(columns.seed, *columns.key(row)) for row in range(len(lengths))]
+    parts = [draw(one, m) for one, m in zip(generators(seeds), lengths, strict=True)]
     return np.concatenate(parts) if parts else np.zeros(0)

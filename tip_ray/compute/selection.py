@@ -1,6 +1,7 @@
 """Which loss tokens are kept, and what each kept token weighs.
 
 N  loss tokens of the step, rollout by rollout        R  rollouts, rows [offset[i], offset[i + 1])
+B  rollouts of one length        m  that length
 
 A rule (`rules.py`) gives each token one score; the best `retention` of each rollout (or of the
 step) are kept. Prompt, tool and pad tokens are never among the N.
@@ -10,13 +11,14 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from tip_ray.compute.columns import Bools, Columns, Floats, Ints, RowKey, check_columns
+from tip_ray.compute.row_blocks import row_blocks
 from tip_ray.compute.rules import find_rule, quantile_lower
 from tip_ray.compute.sampling import inclusion_probabilities, uniform_draws
 from tip_ray.contract.errors import SpecError
@@ -89,8 +91,7 @@ def select_weighted(
         return keep_N, np.where(keep_N, 1.0 / inclusion_N, 0.0).astype(np.float32)
     score_N = rule(spec, columns)
     if spec.scope == "rollout":
-        counts_R = _counts(spec, columns.row_lengths)
-        keep_N = _best_of_rows(score_N, columns.row_offsets, counts_R)
+        keep_N = _best_of_rows(score_N, columns.row_offsets, lambda m: _count(spec, m))
     else:
         keep_N = _best_of_step(spec, score_N, columns)
     return keep_N, keep_N.astype(np.float32)
@@ -186,33 +187,49 @@ def balance_rows(row_tokens: Sequence[int] | npt.NDArray[Any], ranks: int) -> In
 # The top of each rollout, or of the step
 
 
-def _counts(spec: SelectionSpec, lengths_R: Ints) -> Ints:
-    """How many tokens rows of these lengths keep."""
-    # 1e-9: 0.1 * 30 is a hair under 3 in floating point
-    fraction_R = np.floor(spec.retention * lengths_R + 1e-9).astype(np.int64)
-    return np.asarray(np.minimum(np.maximum(fraction_R, spec.keep_at_least), lengths_R))
+def _count(spec: SelectionSpec, m: int) -> int:
+    """How many tokens a rollout of m keeps."""
+    return min(max(_fraction_of(spec, m), spec.keep_at_least), m)
 
 
-def _best_of_rows(score_N: Floats, row_offsets: Ints, counts_R: Ints) -> Bools:
-    """The `counts_R[i]` best of row i."""
-    lengths_R = np.diff(row_offsets)
-    row_N = np.repeat(np.arange(len(lengths_R)), lengths_R)
-    order_N = np.lexsort((-score_N, row_N))  # stable: equal scores stay in order of position
+def _fraction_of(spec: SelectionSpec, m: int) -> int:
+    return math.floor(spec.retention * m + 1e-9)  # 0.1 * 30 is a hair under 3 in floating point
+
+
+def _best_of_rows(score_N: Floats, row_offsets: Ints, count: Callable[[int], int]) -> Bools:
+    """The `count(m)` best of each row of m."""
     keep_N = np.zeros(len(score_N), bool)
-    rank_N = np.arange(len(score_N)) - np.repeat(row_offsets[:-1], lengths_R)
-    keep_N[order_N[rank_N < np.repeat(counts_R, lengths_R)]] = True
+    for index_Bm in row_blocks(row_offsets):
+        keep_N[index_Bm] = _best(score_N[index_Bm], count(index_Bm.shape[1]))
     return keep_N
+
+
+def _best(score_Bm: Floats, count: int) -> Bools:
+    """The `count` largest of each row; equal scores in order of position."""
+    if count == 0:
+        return np.zeros(score_Bm.shape, bool)
+    place = score_Bm.shape[1] - count
+    least_B1 = np.partition(score_Bm, place, axis=1)[:, place : place + 1]
+    above_Bm, equal_Bm = score_Bm > least_B1, score_Bm == least_B1
+    room_B1 = count - above_Bm.sum(1, keepdims=True)
+    return np.asarray(above_Bm | (equal_Bm & (equal_Bm.cumsum(1, dtype=np.int32) <= room_B1)))
 
 
 def _best_of_step(spec: SelectionSpec, score_N: Floats, columns: Columns) -> Bools:
     """The best of the whole step; a rollout left below `keep_at_least` gets its best on top."""
-    lengths_R, offsets = columns.row_lengths, columns.row_offsets
-    row_N = np.repeat(np.arange(len(lengths_R)), lengths_R)
-    if columns.row_keys is not None:  # so that ties do not depend on the order of rollouts
-        by_key = sorted(range(len(lengths_R)), key=lambda row: tuple(columns.key(row)))
-        row_N = np.argsort(np.asarray(by_key, np.int64))[row_N]
-    order_N = np.lexsort((row_N, -score_N))
+    order_N = _order_by_key(columns)
     keep_N = np.zeros(len(score_N), bool)
-    keep_N[order_N[: math.floor(spec.retention * len(score_N) + 1e-9)]] = True
-    at_least_R = np.minimum(lengths_R, spec.keep_at_least)
-    return keep_N | _best_of_rows(score_N, offsets, at_least_R)
+    count = _fraction_of(spec, len(score_N))
+    keep_N[order_N] = _best(score_N[order_N][None], count)[0]
+    at_least = spec.keep_at_least
+    return keep_N | _best_of_rows(score_N, columns.row_offsets, lambda m: min(at_least, m))
+
+
+def _order_by_key(columns: Columns) -> Ints:
+    """[N] tokens with rollouts in order of their keys: ties then do not depend on their order."""
+    row_N = np.repeat(np.arange(len(columns.row_lengths)), columns.row_lengths)
+    if columns.row_keys is not None:
+        rows = range(len(columns.row_lengths))
+        by_key = sorted(rows, key=lambda row: tuple(columns.key(row)))
+        row_N = np.argsort(np.asarray(by_key, np.int64))[row_N]
+    return np.argsort(row_N, kind="stable")

@@ -43,6 +43,7 @@ class _Step:
     """The step's scores: the loss tokens' values, and where they lie in their rows."""
 
     table: pa.Table
+    keys: list[Key]  # [R]
     offsets: npt.NDArray[np.int64]  # [R + 1] into response tokens
     is_loss: npt.NDArray[np.bool_]  # [T]
     loss_offsets: npt.NDArray[np.int64]  # [R + 1] into loss tokens
@@ -102,8 +103,8 @@ class SelectorActor:
         began = time.perf_counter()
         table = tables.newest_attempts(tables.concat(scores, tables.SCORES))
         check_scores(table)
-        _check_complete(tables.keys(table), row_tokens)
         step = self._read(table)
+        _check_complete(step.keys, row_tokens)
         keep_N, weight_N = select_weighted(
             self._selection,
             step.entropy,
@@ -111,7 +112,7 @@ class SelectorActor:
             step.forward_kl,
             step.loss_offsets,
             seed=self._seed,
-            row_keys=tables.keys(table),
+            row_keys=step.keys,
             teacher_entropy_N=step.teacher_entropy,
         )
         coefficient_N = loss_weights(
@@ -131,7 +132,7 @@ class SelectorActor:
 
     def _rollout_weights(self, step: _Step, rewards: Mapping[Key, float]) -> FloatArray:
         """[N] what each token's rollout weighs; divisors count tokens, whatever they weigh."""
-        loss, keys = self._loss, tables.keys(step.table)
+        loss, keys = self._loss, step.keys
         if loss.reward_weight == 0 and loss.sample_weight == "none":
             return np.ones(len(step.entropy), np.float32)
         unknown = [key for key in keys if key not in rewards]
@@ -153,7 +154,8 @@ class SelectorActor:
             for name in ("student_entropy", "reverse_kl", "forward_kl", "teacher_entropy")
         }
         entropy = normalised_entropy(values["student_entropy"], self._vocab_size)
-        return _Step(table, offsets, is_loss, loss_before[offsets], entropy, **values)
+        loss_offsets = loss_before[offsets]
+        return _Step(table, tables.keys(table), offsets, is_loss, loss_offsets, entropy, **values)
 
     def _keep_table(
         self,
@@ -191,7 +193,7 @@ class SelectorActor:
     ) -> npt.NDArray[np.int32]:
         """[R]: balanced by the inputs a row still needs; -1 where nothing of it has any weight."""
         rows = np.flatnonzero(np.diff(np.concatenate([[0], np.cumsum(weight != 0)])[kept_offsets]))
-        whole = np.array([row_tokens[key] for key in tables.keys(step.table)], np.int64)
+        whole = np.array([row_tokens[key] for key in step.keys], np.int64)
         prompt = whole - np.diff(step.offsets)
         inputs = prompt[rows] + kept[kept_offsets[rows + 1] - 1]
         ranks = np.full(step.table.num_rows, -1, np.int32)
@@ -229,8 +231,8 @@ class SelectorActor:
 
 
 def _check_complete(found: list[Key], expected: Mapping[Key, int]) -> None:
-    missing = expected.keys() - set(found)
-    unasked = set(found) - expected.keys()
+    missing = expected.keys() - (scored := set(found))
+    unasked = scored - expected.keys()
     if missing or unasked:
         which, key = ("no scores of", min(missing)) if missing else ("unasked", min(unasked))
         raise TableError(
