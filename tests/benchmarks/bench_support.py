@@ -25,6 +25,7 @@ from torch import Tensor
 
 from tests.benchmarks import real_rows
 from tests.benchmarks.common import print_table, write_json
+from tests.benchmarks.memory import in_fresh_process
 from tests.benchmarks.real_rows import Scores
 from tip_ray.compute.divergence import (
     row_statistics,
@@ -48,7 +49,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for noise in options.noise:
             near = Path(folder) / f"noise-{noise}"
-            real_rows.in_process(save_noisy, options.models / "teacher", near, noise)
+            in_fresh_process(save_noisy, options.models / "teacher", near, noise)
             figures += measure(f"teacher, {noise:.3g} noise", near, options)
     figures += measure("18-layer cut", options.models / "student", options)
     write_json(options.output, "support", figures, rules="Jaccard of the kept sets")

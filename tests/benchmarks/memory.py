@@ -12,6 +12,7 @@ import ctypes
 import gc
 import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,8 +31,9 @@ def peak_above_bytes(work: Callable[[], T]) -> tuple[T, int]:
 
 def in_fresh_process(function: Callable[..., T], *args: Any) -> T:
     """`function(*args)` in a process of its own, spawned, so that nothing is resident before."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:  # a Pool would kill it at the end
+        return pool.submit(function, *args).result()
 
 
 def _status_bytes(field: str) -> int:

@@ -6,9 +6,7 @@ N  response tokens of a table, row after row        D  hidden width        V  sh
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from tests.benchmarks.memory import in_fresh_process
 from tip_ray.compute.selection import normalised_entropy, select
 from tip_ray.contract import tables
 from tip_ray.contract.spec import RunSpec, SelectionSpec, TeacherSpec
@@ -58,15 +57,11 @@ def smollm2_spec(options: argparse.Namespace, overrides: Mapping[str, Any]) -> R
 
 
 def rollouts(spec: RunSpec, steps: int) -> list[pa.Table]:
-    """ROLLOUTS of steps 1 to `steps`, all of the initial student."""
-    return in_process(_rollouts, spec, steps)
+    """ROLLOUTS of steps 1 to `steps`, all of the initial student.
 
-
-def in_process(function: Callable[..., Any], *args: Any) -> Any:
-    """In a process of its own: an engine keeps process groups and threads for good."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *args).result()
+    In a process of its own: an engine keeps process groups and threads for good.
+    """
+    return in_fresh_process(_rollouts, spec, steps)
 
 
 def _rollouts(spec: RunSpec, steps: int) -> list[pa.Table]:
