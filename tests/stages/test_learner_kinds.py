@@ -1,7 +1,8 @@
-"""Every kind of loss through the learner's root module, against dense float64 row by row."""
+"""Every kind of loss through the learner, on one rank and on two, against dense float64."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -10,11 +11,25 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.compute.dense_reference import support_loss
-from tests.stages.learner_toys import TAIL_FLOOR, VOCAB, save_student, selected
+from tests.stages.learner_toys import (
+    RUN_STEPS,
+    TAIL_FLOOR,
+    TOKENS,
+    VOCAB,
+    K,
+    Played,
+    Scenario,
+    distance,
+    play_on_one,
+    play_on_two,
+    save_student,
+    selected,
+)
 from tip_ray.compute.packing import micro_batches
-from tip_ray.contract.spec import LossSpec
-from tip_ray.contract.tables import build, selected_schema
+from tip_ray.contract.spec import LossSpec, StudentSpec
+from tip_ray.contract.tables import build, concat, selected_schema
 from tip_ray.stages.fsdp import KeptStudent
+from tip_ray.stages.learner import LearnerActor
 
 KINDS: list[dict[str, Any]] = [
     {"kind": "reverse_kl"},
@@ -24,9 +39,16 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
+KIND_NAMES = [options["kind"] for options in KINDS]
+
+
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
-    path = save_student(tmp_path_factory.mktemp("student"), "qwen3", tied=True)
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_student(tmp_path_factory.mktemp("student"), "qwen3", tied=True)
+
+
+@pytest.fixture(scope="module")
+def model(path: str) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(path).double()
 
 
@@ -74,7 +96,7 @@ def dense_loss(model: torch.nn.Module, table: pa.Table, options: dict[str, Any])
     return total
 
 
-@pytest.mark.parametrize("options", KINDS, ids=lambda options: options["kind"])
+@pytest.mark.parametrize("options", KINDS, ids=KIND_NAMES)
 def test_loss_and_gradients_equal_a_dense_reference(
     model: torch.nn.Module, options: dict[str, Any]
 ) -> None:
@@ -90,3 +112,73 @@ def test_loss_and_gradients_equal_a_dense_reference(
     for ours, own in zip(gradients, torch.autograd.grad(expected, parameters), strict=True):
         torch.testing.assert_close(ours, own, rtol=1e-6, atol=1e-8)
     assert max(gradient.abs().max() for gradient in gradients) > 1e-3
+
+
+# Two ranks
+
+
+@dataclass(frozen=True)
+class KindScenario(Scenario):
+    """A scenario of another loss than the default's."""
+
+    loss: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def width(self) -> int:
+        return 1 if self.loss["kind"] == "policy_gradient" else K
+
+    def actor(self, rank: int) -> LearnerActor:
+        student, loss = StudentSpec(model=self.path, dtype=self.dtype), LossSpec(**self.loss)
+        sizes = (VOCAB, self.width, RUN_STEPS)
+        return LearnerActor(student, self.spec(), loss, self.path, *sizes, rank, seed=3)
+
+    def whole(self, step: int) -> pa.Table:
+        return concat(self.steps[step - 1], selected_schema(self.width))
+
+    def on_one_rank(self) -> KindScenario:
+        steps = [[self.whole(step)] for step in range(1, len(self.steps) + 1)]
+        return KindScenario(self.name, self.path, steps, self.learner, loss=self.loss)
+
+
+@pytest.fixture(scope="module")
+def scenarios(path: str, model: torch.nn.Module) -> dict[str, KindScenario]:
+    """Two uneven steps of each kind; the second rank of the second has nothing."""
+    made = {}
+    for options in KINDS:
+        steps = [[selected(1, 3, seed=1), selected(1, 2, seed=2, slot=50)]]
+        steps += [[selected(2, 2, seed=3), selected(2, 0, seed=4)]]
+        if options["kind"] == "policy_gradient":
+            steps = [[with_sampled_support(model, one) for one in parts] for parts in steps]
+        made[options["kind"]] = KindScenario(options["kind"], path, steps, loss=options)
+    return made
+
+
+@pytest.fixture(scope="module")
+def on_two(
+    scenarios: dict[str, KindScenario], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[Played]]:
+    return play_on_two(list(scenarios.values()), tmp_path_factory.mktemp("played"))
+
+
+@pytest.mark.parametrize("kind", KIND_NAMES)
+def test_two_ranks_equal_one_and_the_dense_reference(
+    kind: str,
+    model: torch.nn.Module,
+    scenarios: dict[str, KindScenario],
+    on_two: dict[str, list[Played]],
+) -> None:
+    scenario, (first, second) = scenarios[kind], on_two[kind]
+    one = play_on_one(scenario)
+    dense = dense_loss(model, scenario.whole(1), scenario.loss)
+    own = torch.autograd.grad(dense, list(model.parameters()))
+    named = dict(zip(dict(model.named_parameters()), own, strict=True))
+    for played in (first, one):
+        assert distance(played.gradients[1], named) < 5e-6
+        assert played.reports[0].loss == pytest.approx(dense.item(), rel=1e-4, abs=1e-6)
+    for step in (1, 2):
+        assert distance(first.weights[step], one.weights[step]) < 5e-6
+        assert distance(first.weights[step], first.weights[step - 1]) > 1e-4
+        assert first.reports[step - 1].loss == second.reports[step - 1].loss
+        assert first.reports[step - 1].grad_norm == second.reports[step - 1].grad_norm
+    assert [report.micro_batches for report in second.reports] == [2, 0]
+    assert first.reports[0].tokens + second.reports[0].tokens == one.reports[0].tokens <= 5 * TOKENS
