@@ -31,6 +31,8 @@ from tip_ray.contract.tables import build, concat, selected_schema
 from tip_ray.stages.fsdp import KeptStudent
 from tip_ray.stages.learner import LearnerActor
 
+torch.set_num_threads(1)
+
 KINDS: list[dict[str, Any]] = [
     {"kind": "reverse_kl"},
     {"kind": "forward_kl"},
