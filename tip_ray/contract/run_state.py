@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, FiniteFloat
 
 from tip_ray.contract.errors import TransitionError
 
@@ -61,14 +61,16 @@ class RunStatus(BaseModel):
     """Incarnation of the driver that writes; the lease against a second one."""
     driver: str = ""
     """Tells two drivers of one epoch apart."""
+    job_id: str | None = None
+    """Submission id of the Ray job whose process the driver is; None where it is no job's."""
     step: int = 0
     """Steps trained and published."""
     steps: int
-    started_at: float
+    started_at: FiniteFloat
     """Seconds since 1970 of the first start."""
-    updated_at: float
+    updated_at: FiniteFloat
     """Seconds since 1970 of the last change."""
-    heartbeat_at: float
+    heartbeat_at: FiniteFloat
     """Seconds since 1970 of the driver's last sign of life."""
     error: str | None = None
     exit_code: int | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel
@@ -38,11 +39,41 @@ AUDIT_SCHEMA = pa.schema(
 
 
 def merge_parts(parts: Iterable[pa.Table]) -> pa.Table:
-    """Rows of all parts in order of step; for a step that several have, the last part's."""
-    rows: dict[int, dict[str, Any]] = {}
-    for part in parts:
-        rows.update((row["step"], row) for row in part.to_pylist())
-    return pa.Table.from_pylist([rows[step] for step in sorted(rows)], schema=METRICS_SCHEMA)
+    """METRICS_SCHEMA: the rows of all parts in order of step; for a step that several have, the
+    last part's. A column that another release did not have is null.
+
+    Raises:
+        RunDirectoryError: a part is not of metrics.
+    """
+    rows = pa.concat_tables([METRICS_SCHEMA.empty_table(), *map(_as_metrics, parts)])
+    steps = rows.column("step").to_numpy()
+    # of equal steps np.unique takes the first: from the back, that is the last part's
+    _, from_back = np.unique(steps[::-1], return_index=True)
+    return rows.take(pa.array(len(steps) - 1 - from_back)).combine_chunks()
+
+
+def metrics_part(content: bytes, name: str) -> pa.Table:
+    """One part, as METRICS_SCHEMA; raises RunDirectoryError where it is broken."""
+    return _as_metrics(from_parquet(content, name), name)
+
+
+def _as_metrics(table: pa.Table, name: str = "a part of metrics") -> pa.Table:
+    if table.schema.equals(METRICS_SCHEMA) and not table.column("step").null_count:
+        return table
+    try:
+        columns = [_column(table, field) for field in METRICS_SCHEMA]
+        if columns[0].null_count:
+            raise pa.ArrowInvalid("a row without a step")
+        return pa.table(columns, schema=METRICS_SCHEMA)
+    except pa.ArrowException as error:
+        reason = " ".join(str(error).split())
+        raise RunDirectoryError(f"{name}: not metrics ({reason}); delete it") from None
+
+
+def _column(table: pa.Table, field: pa.Field) -> pa.ChunkedArray | pa.Array:
+    if field.name in table.column_names:
+        return table.column(field.name).cast(field.type)
+    return pa.nulls(table.num_rows, field.type)
 
 
 def to_parquet(table: pa.Table) -> bytes:

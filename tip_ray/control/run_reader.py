@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from tip_ray.contract.errors import NotFoundError, RunDirectoryError
 from tip_ray.contract.run_state import EvaluationResult, RunStatus
-from tip_ray.control.metrics_parts import AUDIT_SCHEMA, from_parquet, merge_parts
+from tip_ray.control.metrics_parts import AUDIT_SCHEMA, from_parquet, merge_parts, metrics_part
 from tip_ray.control.run_directory import (
     AUDIT,
     CANCEL,
@@ -67,13 +67,13 @@ class RunReader:
             content = self.storage.read(STATUS)
         except NotFoundError:
             raise NotFoundError(f"{self.url}: no such run, or it has not begun") from None
-        return _status(content, f"{self.url}/{STATUS}")
+        return parse_status(content, f"{self.url}/{STATUS}")
 
     def read_spec(self) -> dict[str, Any]:
         """The spec as plain data: secrets are blanked, and a newer release's fields stay."""
         try:
             data = yaml.safe_load(self.storage.read(SPEC))
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):  # a date of the 13th month, say
             data = None
         if not isinstance(data, dict):
             raise RunDirectoryError(f"{self.url}/{SPEC}: not a spec")
@@ -82,20 +82,26 @@ class RunReader:
     def read_metrics(self) -> pa.Table:
         """One row a step, in order of step; without rows before the first step has ended."""
         for _ in range(_LISTINGS):
-            parts = self._metrics_parts()
-            if None not in parts.values():
-                break  # else the writer has just merged some: list again
-        return merge_parts(
-            from_parquet(content or b"", f"{self.url}/{name}") for name, content in parts.items()
-        )
+            parts = self.read_metrics_parts(self._metrics_names())
+            gone = [name for name, part in parts.items() if part is None]
+            if not gone:
+                return merge_parts(part for part in parts.values() if part is not None)
+            # else the writer has just merged some: list again
+        raise RunDirectoryError(f"{self.url}/{gone[0]}: gone as soon as it is listed; try again")
 
-    def _metrics_parts(self) -> dict[str, bytes | None]:
+    def read_metrics_parts(self, names: Sequence[str]) -> dict[str, pa.Table | None]:
+        """The parts of these names, in this order; None for one that is not there any more."""
+        found = self.storage.read_all(names)
+        return {
+            name: metrics_part(found[name], f"{self.url}/{name}") if name in found else None
+            for name in names
+        }
+
+    def _metrics_names(self) -> list[str]:
         """Merged parts before single ones: where both have a step, the single one is newer."""
         names = [name for name in self.storage.names(METRICS) if name.endswith(".parquet")]
         names = [f"{METRICS}/{name}" for name in names]
-        names.sort(key=lambda name: (name.startswith(f"{METRICS}/step-"), name))
-        found = self.storage.read_all(names)
-        return {name: found.get(name) for name in names}
+        return sorted(names, key=lambda name: (name.startswith(f"{METRICS}/step-"), name))
 
     def read_audit(self) -> pa.Table:
         """What became of every rollout, all steps: AUDIT_SCHEMA, in order of step."""
@@ -108,17 +114,13 @@ class RunReader:
         """All events by time: `time`, `kind`, `step` and the kind's own fields."""
         names = [f"{EVENTS}/{n}" for n in self.storage.names(EVENTS) if n.endswith(".json")]
         contents = self.storage.read_all(names)
-        return [_json(contents[name], f"{self.url}/{name}") for name in names if name in contents]
+        return [
+            parse_object(contents[name], f"{self.url}/{name}") for name in names if name in contents
+        ]
 
     def read_evaluations(self) -> list[EvaluationResult]:
         """In order of step; a replayed step's evaluation replaces the first one's."""
-        events = [event for event in self.read_events() if event.get("kind") == "evaluation"]
-        try:
-            results = [EvaluationResult.model_validate(event) for event in events]
-        except ValidationError as error:
-            raise RunDirectoryError(f"{self.url}/{EVENTS}: {_first(error)}") from None
-        newest = {(result.name, result.step): result for result in results}
-        return sorted(newest.values(), key=lambda result: result.step)
+        return newest_evaluations(self.read_events(), f"{self.url}/{EVENTS}")
 
     def sample_steps(self) -> list[int]:
         """Steps that have samples, ascending."""
@@ -152,7 +154,7 @@ class RunReader:
         if not self.storage.exists(QUARANTINE):
             return []
         lines = self.storage.read(QUARANTINE).split(b"\n")[:-1]
-        return [_json(line, f"{self.url}/{QUARANTINE}") for line in lines]
+        return [parse_object(line, f"{self.url}/{QUARANTINE}") for line in lines]
 
     def read_log(self) -> str:
         return self.storage.read(LOG).decode(errors="replace")
@@ -168,10 +170,25 @@ def list_runs(run_root: str, on_broken: Callable[[str], None] = lambda _: None) 
     statuses = []
     for name, content in storage.read_all(names).items():
         try:
-            statuses.append(_status(content, f"{storage.url}/{name}"))
+            statuses.append(parse_status(content, f"{storage.url}/{name}"))
         except RunDirectoryError as error:
             on_broken(str(error))
     return sorted(statuses, key=lambda status: status.started_at, reverse=True)
+
+
+def newest_evaluations(events: Iterable[dict[str, Any]], name: str) -> list[EvaluationResult]:
+    """Of all events, in order of step; `name` is what they were read from, for errors.
+
+    Raises:
+        RunDirectoryError: an evaluation lacks a field.
+    """
+    found = [event for event in events if event.get("kind") == "evaluation"]
+    try:
+        results = [EvaluationResult.model_validate(event) for event in found]
+    except ValidationError as error:
+        raise RunDirectoryError(f"{name}: {_first(error)}") from None
+    newest = {(result.name, result.step): result for result in results}
+    return sorted(newest.values(), key=lambda result: result.step)
 
 
 def resolve_run(run: str, run_root: str | None = None) -> RunReader:
@@ -193,17 +210,19 @@ def resolve_run(run: str, run_root: str | None = None) -> RunReader:
     raise NotFoundError(f"no run {run!r}{where}; {cure}")
 
 
-def _status(content: bytes, name: str) -> RunStatus:
+def parse_status(content: bytes, name: str) -> RunStatus:
+    """Raises RunDirectoryError where `content` is not a status; `name` is where it was read."""
     try:
         return RunStatus.model_validate_json(content)
     except ValidationError as error:
         raise RunDirectoryError(f"{name}: not a run's status ({_first(error)})") from None
 
 
-def _json(content: bytes, name: str) -> dict[str, Any]:
+def parse_object(content: bytes, name: str) -> dict[str, Any]:
+    """A JSON object; raises RunDirectoryError where `content` is none."""
     try:
         value = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunDirectoryError(f"{name}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise RunDirectoryError(f"{name}: not a JSON object")
