@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -213,6 +215,114 @@ def test_expected_gradient_at_ratio_one_is_that_of_the_full_reverse_kl():
     for found, expected in zip(problem.grads(loss), problem.grads(full), strict=True):
         assert expected.abs().max() > 0.01  # a top-K KL as advantage would expect 0
         torch.testing.assert_close(found, expected)
+
+
+def test_a_divergence_of_the_whole_token_as_advantage_would_expect_no_gradient():
+    """What the form above must not be: E[A d ln p] = A d sum(p) = 0 where A is the same for all."""
+    v, k = 11, 4
+    problem = Problem(4, n=1, v=v, k=k)
+    logprobs = (problem.hidden @ problem.head.T).log_softmax(-1).squeeze(0)
+    top_k_kl = kept_loss(*problem.arguments()[:4], torch.ones(1, dtype=F64)).detach()
+    assert top_k_kl > 0.1
+    wrong = (logprobs.detach().exp() * top_k_kl * logprobs).sum()
+    for grad in problem.grads(wrong):
+        assert grad.abs().max() < 1e-14
+    every = torch.arange(v)
+    drawn = logprobs.detach()
+    as_teacher = (drawn - top_k_kl)[:, None]  # the same wrong advantage through the loss itself
+    loss = kept_loss(
+        problem.hidden.expand(v, -1),
+        problem.head,
+        every[:, None],
+        as_teacher,
+        drawn.exp(),
+        kind="policy_gradient",
+        student_logprob_N=drawn,
+    )
+    for grad in problem.grads(loss):
+        assert grad.abs().max() < 1e-14
+
+
+def test_expected_gradient_over_a_sequence_is_that_of_the_sum_of_its_tokens():
+    """Three tokens drawn on their own: every one of the v^3 outcomes by its probability."""
+    v, n = 5, 3
+    problem = Problem(6, n=n, v=v)
+    logprobs = (problem.hidden @ problem.head.T).log_softmax(-1)
+    full = (problem.weight[:, None] * logprobs.exp() * (logprobs - problem.teacher)).sum()
+    total = torch.zeros((), dtype=F64)
+    for outcome in product(range(v), repeat=n):
+        ids = torch.tensor(outcome)[:, None]
+        drawn = logprobs.detach().gather(1, ids).squeeze(1)
+        total = total + drawn.sum().exp() * kept_loss(
+            problem.hidden,
+            problem.head,
+            ids,
+            problem.teacher.gather(1, ids),
+            problem.weight,
+            kind="policy_gradient",
+            student_logprob_N=drawn,
+        )
+    assert_same(problem, total, full)
+
+
+def test_gradients_of_policy_gradient_equal_finite_differences():
+    problem = Sampled(8, 0.1)
+    now = (problem.hidden @ problem.head.T).log_softmax(-1).gather(1, problem.ids).squeeze(1)
+    ratio = (now - problem.recorded).exp()
+    assert ((ratio - 0.8).abs() > 1e-4).all()  # no kink within the step of the differences
+    assert ((ratio - 1.2).abs() > 1e-4).all()
+
+    def loss(hidden, head):
+        return kept_loss(
+            hidden,
+            head,
+            *problem.arguments()[2:],
+            kind="policy_gradient",
+            chunk_rows=3,
+            student_logprob_N=problem.recorded,
+        )
+
+    assert torch.autograd.gradcheck(loss, (problem.hidden, problem.head))
+
+
+@pytest.mark.parametrize("vocab_size", [None, 6])
+def test_policy_gradient_of_a_sampled_id_is_of_the_shared_vocabulary(vocab_size):
+    """Ids that the head has on top are outside of every softmax."""
+    problem = Sampled(9, v=8, n=5)
+    problem.ids = torch.tensor([[0], [5], [3], [2], [1]])
+    head = problem.head if vocab_size is None else problem.head[:vocab_size]
+    now = (problem.hidden @ head.T).log_softmax(-1).gather(1, problem.ids).squeeze(1)
+    problem.recorded = now.detach()
+    loss = problem.loss(vocab_size=vocab_size)
+    advantage = (problem.logprobs.squeeze(1) - problem.recorded).detach()
+    expected = -(problem.weight * advantage * (now - problem.recorded).exp()).sum()
+    assert_same(problem, loss, expected)
+
+
+# --- rounding
+
+
+@kinds
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 9999), st.floats(1e-8, 1.0), st.floats(0.1, 80.0), st.integers(1, 30))
+def test_rounding_never_takes_a_loss_below_its_noise(kind, seed, apart, sharpness, k):
+    """Nothing is clamped on its way into the loss: near-equal and peaked teachers, in float32."""
+    problem = Problem(seed, n=4, d=6, v=30, k=k, dtype=torch.float32)
+    hidden, head = problem.hidden.detach(), problem.head.detach() * sharpness / 6
+    logits = hidden @ head.T
+    noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed))
+    problem.teacher = (logits + apart * noise).log_softmax(-1)
+    _, stats = kept_loss_with_stats(
+        hidden,
+        head,
+        problem.ids,
+        problem.logprobs,
+        torch.ones(4),
+        teacher_tail_logprob_N=problem.tail,
+        sampled_ids_N=problem.sampled,
+        **kind,
+    )
+    assert (stats.divergence_N >= -1e-6).all()
 
 
 def test_policy_gradient_needs_the_sampled_token_and_its_probability():
