@@ -9,6 +9,7 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "RunClient": "tip_ray.service.client",
     "RunSpec": "tip_ray.contract.spec",
     "RunState": "tip_ray.contract.run_state",
     "RunStatus": "tip_ray.contract.run_state",

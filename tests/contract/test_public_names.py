@@ -6,7 +6,7 @@ import pytest
 
 import tip_ray
 
-PUBLIC = {"RunSpec", "RunState", "RunStatus", "TipRayError", "load_spec"}
+PUBLIC = {"RunClient", "RunSpec", "RunState", "RunStatus", "TipRayError", "load_spec"}
 
 
 def test_public_names_are_pinned_and_load() -> None:

@@ -3,12 +3,15 @@
 TipRayError
 ├── UserError                  the user can mend it; exit code 2
 │   ├── SpecError              a spec or an argument: field, found, expected, cure
+│   ├── AccessError            a token is missing, malformed or wrong
 │   ├── ModelMismatchError     student and teacher cannot be paired
 │   ├── RunDirectoryError      the run directory cannot be used
 │   │   └── LeaseLostError     another driver has taken the run over
 │   └── PlacementError         the cluster can never, or did not in time, hold the run
 ├── NotFoundError              no such run or file; exit code 3
 ├── NotSupportedError          this client or feature cannot do that; says what can
+├── UnreachableError           a cluster or a status API does not answer, or answers nonsense
+├── NotInTimeError             what was waited for did not happen in time; it may yet
 ├── RunFailedError             the run itself failed; exit code 1
 ├── RunCancelledError          the run was asked to stop and did; exit code 130
 ├── RunTerminatedError         the driver was told to go at once; exit code 143
@@ -58,6 +61,10 @@ class SpecError(UserError):
         super().__init__(f"{line}; {cure}" if cure else line)
 
 
+class AccessError(UserError):
+    """A token is missing, malformed or wrong: whose, and where to put the right one."""
+
+
 class ModelMismatchError(UserError):
     """Student and teacher cannot be paired: vocabulary, tokenizer, EOS or chat template."""
 
@@ -82,6 +89,14 @@ class NotFoundError(TipRayError):
 
 class NotSupportedError(TipRayError):
     """The thing asked for cannot be done this way; the message says which way can."""
+
+
+class UnreachableError(TipRayError):
+    """A cluster or a status API does not answer, or with something that is no answer."""
+
+
+class NotInTimeError(TipRayError):
+    """What was waited for did not happen in the time that was given; it may yet."""
 
 
 class RunFailedError(TipRayError):

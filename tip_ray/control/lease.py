@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import secrets
 import time
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ from dataclasses import dataclass
 from tip_ray.contract.errors import NotFoundError, RunDirectoryError
 from tip_ray.contract.run_state import HEARTBEAT_S, LOST_AFTER_S, RunState, RunStatus
 from tip_ray.contract.spec import RunSpec
-from tip_ray.control.run_directory import SPEC, RunDirectory
+from tip_ray.control.run_directory import RAY_JOB_VARIABLE, SPEC, RunDirectory
 from tip_ray.control.run_reader import RunReader
 from tip_ray.control.spec_file import check_resume, load_spec
 
@@ -77,6 +79,7 @@ def take_over(spec: RunSpec, run_id: str) -> Lease | None:
     changes = {
         "epoch": status.epoch + 1,
         "driver": secrets.token_hex(8),
+        "job_id": _ray_job_id(),
         "steps": spec.steps,
         "error": None,
         "updated_at": now,
@@ -105,8 +108,18 @@ def _fresh(spec: RunSpec, run_id: str) -> RunStatus:
         run_id=run_id,
         name=spec.name,
         driver=secrets.token_hex(8),
+        job_id=_ray_job_id(),
         steps=spec.steps,
         started_at=now,
         updated_at=now,
         heartbeat_at=now,
     )
+
+
+def _ray_job_id() -> str | None:
+    """The submission id of the Ray job whose entrypoint this process is, if it is one's."""
+    try:
+        found = json.loads(os.environ.get(RAY_JOB_VARIABLE, ""))["metadata"]["job_submission_id"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return str(found)
