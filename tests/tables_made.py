@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,11 +29,14 @@ def made_step(
     step: int = 1,
     masked: bool = True,
     vocab_size: int = 50,
+    targets: tables.Targets = "topk",
+    lengths: tuple[int, int] | None = None,
 ) -> MadeStep:
-    """`rows` rollouts of 1 to 9 response tokens after prompts of 1 to 5."""
+    """`rows` rollouts of 1 to 9 response tokens after prompts of 1 to 5, or of just `lengths`."""
     width = width or k
-    prompt = [rng.integers(0, vocab_size, rng.integers(1, 6)).tolist() for _ in range(rows)]
-    response = [rng.integers(0, vocab_size, rng.integers(1, 10)).tolist() for _ in range(rows)]
+    sizes = [lengths or (rng.integers(1, 6), rng.integers(1, 10)) for _ in range(rows)]
+    prompt = [rng.integers(0, vocab_size, size).tolist() for size, _ in sizes]
+    response = [rng.integers(0, vocab_size, size).tolist() for _, size in sizes]
     mask = [
         (rng.random(len(row)) > 0.3).astype(int).tolist() if masked else [1] * len(row)
         for row in response
@@ -87,19 +91,26 @@ def made_step(
             "loss_mask": mask,
         },
     )
-    targets = tables.build(
-        tables.targets_schema(width),
-        {
-            **key,
+    if targets == "hidden":
+        bits = [rng.integers(0, 2**16, (len(row), width)).tolist() for row in response]
+        compared: dict[str, Any] = {"teacher_hidden": bits}
+    else:
+        compared = {
             "support_ids": ids(width),
             "teacher_logprobs": wide(width),
             "teacher_tail_logprob": floats(),
+        }
+    made_targets = tables.build(
+        tables.targets_schema(width, targets),
+        {
+            **key,
+            **compared,
             "teacher_sampled_logprob": floats(),
             "teacher_top_ids": ids(tables.TOP_SHOWN),
             "teacher_top_logprobs": wide(tables.TOP_SHOWN),
         },
     )
-    return MadeStep(rollouts, scores, targets)
+    return MadeStep(rollouts, scores, made_targets)
 
 
 def row_tokens(rollouts: pa.Table) -> dict[tables.Key, int]:

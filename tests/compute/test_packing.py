@@ -15,7 +15,7 @@ from tip_ray.compute.packing import (
     to_tensor,
 )
 from tip_ray.contract.errors import SpecError, TableError
-from tip_ray.contract.tables import build, list_array, selected_schema
+from tip_ray.contract.tables import build, column, list_array, offsets, selected_schema
 
 WIDTH = 3
 
@@ -69,9 +69,9 @@ def content(batches):
         flat = batch.input_ids_BT.flatten()
         for n, at in enumerate(batch.kept_rows_N.tolist()):
             values = (
-                batch.support_ids_NK[n].tolist(),
-                batch.teacher_logprobs_NK[n].tolist(),
-                batch.teacher_tail_N[n].item(),
+                batch.targets.ids_NK[n].tolist(),
+                batch.targets.logprobs_NK[n].tolist(),
+                batch.targets.tail_N[n].item(),
                 batch.weight_N[n].item(),
                 batch.sampled_ids_N[n].item(),
                 batch.student_logprob_N[n].item(),
@@ -89,7 +89,8 @@ def test_every_kept_token_travels_once_within_the_budget(rows, max_tokens):
     assert sum(batch.tokens for batch in batches) == sum(length for _, length, _ in with_kept)
     for batch in batches:
         assert batch.input_ids_BT.numel() <= max_tokens or len(batch.input_ids_BT) == 1
-        for name in ("input_ids_BT", "kept_rows_N", "support_ids_NK", "sampled_ids_N"):
+        assert batch.targets.ids_NK.dtype == torch.int64
+        for name in ("input_ids_BT", "kept_rows_N", "sampled_ids_N"):
             assert getattr(batch, name).dtype == torch.int64
         for row, ids in zip(batch.input_ids_BT[:, 0].tolist(), batch.input_ids_BT, strict=True):
             length = rows[row // 1000][1]
@@ -114,7 +115,7 @@ def test_the_order_of_rows_changes_nothing(rows, max_tokens, random):
     for a, b in zip(plain, found, strict=True):
         assert torch.equal(a.input_ids_BT, b.input_ids_BT)
         assert torch.equal(a.kept_rows_N, b.kept_rows_N)
-        assert torch.equal(a.support_ids_NK, b.support_ids_NK)
+        assert torch.equal(a.targets.ids_NK, b.targets.ids_NK)
 
 
 @settings(max_examples=60, deadline=None)
@@ -162,25 +163,62 @@ def test_pad_right():
     assert pad_right([np.array([], np.int32)]).tolist() == [[0]]
 
 
-def test_an_empty_micro_batch_keeps_nothing():
-    batch = empty_micro_batch(WIDTH)
+def hidden_selected(rows, width=4):
+    """As `selected`, with a hidden state of bfloat16 numbers that tell where they are from."""
+    table = selected(rows)
+    mark_N = column(table, "sampled_ids")
+    bits_ND = torch.from_numpy(mark_N % 256 + np.arange(width)[:, None]).T.bfloat16()
+    schema = selected_schema(width, "hidden")
+    columns = {name: table.column(name) for name in schema.names if name in table.column_names}
+    columns["teacher_hidden"] = list_array(
+        bits_ND.contiguous().view(torch.uint16).numpy(),
+        offsets(table, "sampled_ids"),
+        schema.field("teacher_hidden").type,
+    )
+    return build(schema, columns)
+
+
+def tensors_of(batch):
+    """Every tensor by name, those of the targets too."""
+    everything = vars(batch) | vars(batch.targets)
+    return {name: one for name, one in everything.items() if isinstance(one, torch.Tensor)}
+
+
+@pytest.mark.parametrize("targets", ["topk", "hidden"])
+def test_an_empty_micro_batch_keeps_nothing(targets):
+    made = selected if targets == "topk" else hidden_selected
+    batch = empty_micro_batch(WIDTH, targets)
     assert batch.input_ids_BT.tolist() == [[0]]
-    assert batch.support_ids_NK.shape == (0, WIDTH)
     assert batch.tokens == 0
-    assert content([batch]) == {}
-    real = micro_batches(selected([(0, 3, [1])]), 8)[0]
-    for name, value in vars(real).items():
-        if isinstance(value, torch.Tensor):
-            assert getattr(batch, name).dtype == value.dtype
-            assert getattr(batch, name).ndim == value.ndim
+    assert not len(batch.kept_rows_N)
+    real = micro_batches(made([(0, 3, [1])]), 8)[0]
+    assert tensors_of(batch).keys() == tensors_of(real).keys()
+    for name, value in tensors_of(real).items():
+        own = tensors_of(batch)[name]
+        assert own.dtype == value.dtype
+        assert own.ndim == value.ndim
+        assert name == "input_ids_BT" or own.shape[0] == 0
 
 
-def test_to_moves_every_tensor():
-    moved = micro_batches(selected([(0, 3, [1])]), 8)[0].to("meta")
-    tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 8
-    assert all(tensor.device.type == "meta" for tensor in tensors)
+@pytest.mark.parametrize(("made", "count"), [(selected, 8), (hidden_selected, 6)])
+def test_to_moves_every_tensor(made, count):
+    moved = micro_batches(made([(0, 3, [1])]), 8)[0].to("meta")
+    assert len(tensors_of(moved)) == count
+    assert all(tensor.device.type == "meta" for tensor in tensors_of(moved).values())
     assert moved.tokens == 3
+
+
+def test_hidden_states_travel_bit_for_bit_with_their_token():
+    table = hidden_selected([(0, 5, [1, 3]), (1, 6, [2, 5]), (2, 4, [0])]).slice(1)
+    batches = micro_batches(table, 6)
+    assert len(batches) == 2
+    for batch in batches:
+        assert batch.targets.hidden_NE.dtype == torch.bfloat16
+        expected = batch.sampled_ids_N[:, None] % 256 + torch.arange(4)
+        assert torch.equal(batch.targets.hidden_NE, expected.bfloat16())
+    assert {row[0].item() for batch in batches for row in batch.targets.hidden_NE} == {
+        float(mark % 256) for mark in (1002, 1005, 2000)
+    }
 
 
 def test_tables_that_do_not_fit_are_refused():

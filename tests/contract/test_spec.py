@@ -205,7 +205,6 @@ def test_an_unknown_key_is_named_before_what_it_leaves_missing() -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("teacher.targets", "hidden"),
         ("tracking", [{"kind": "wandb"}]),
     ],
 )
@@ -290,6 +289,20 @@ def test_policy_gradient_needs_samples_of_the_student_itself() -> None:
         error = refusal({**raw, "rollout": {field: value}})
         assert error.field == f"rollout.{field}"
         assert "1 with loss.kind policy_gradient" in str(error)
+
+
+def test_hidden_targets_take_no_support_and_no_policy_gradient() -> None:
+    raw = {**REQUIRED, "teacher": {**REQUIRED["teacher"], "targets": "hidden"}}
+    for kind in ("reverse_kl", "forward_kl", "jsd"):
+        assert parse_spec({**raw, "loss": {"kind": kind}}).teacher.targets == "hidden"
+    assert parse_spec({**raw, "support": {"k": 4}}).support.k == 4  # of the scores
+    for source in ("student", "teacher", "union"):
+        error = refusal({**raw, "support": {"source": source}})
+        assert error.field == "support.source"
+        assert "auto with teacher.targets hidden" in str(error)
+    error = refusal({**raw, "loss": {"kind": "policy_gradient"}})
+    assert error.field == "teacher.targets"
+    assert "topk with loss.kind policy_gradient" in str(error)
 
 
 def test_a_spec_is_frozen() -> None:

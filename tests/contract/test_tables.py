@@ -22,8 +22,10 @@ SCHEMAS = {
     "ROLLOUTS": tables.rollouts_schema(K),
     "SCORES": tables.SCORES,
     "TARGETS": tables.targets_schema(K),
+    "hidden TARGETS": tables.targets_schema(K, "hidden"),
     "KEEP": tables.KEEP,
     "SELECTED": tables.selected_schema(K),
+    "hidden SELECTED": tables.selected_schema(K, "hidden"),
     "SAMPLES": tables.SAMPLES,
     "ANSWERS": tables.ANSWERS,
 }
@@ -116,6 +118,17 @@ def test_a_support_of_another_width_does_not_conform() -> None:
     step = made_step(np.random.default_rng(0), k=4)
     with pytest.raises(TableError, match="student_topk_ids"):
         tables.conform(step.rollouts, tables.rollouts_schema(3))
+
+
+@pytest.mark.parametrize("targets", ["topk", "hidden"])
+def test_a_table_says_what_its_targets_are(targets: tables.Targets) -> None:
+    for schema in (tables.targets_schema(7, targets), tables.selected_schema(7, targets)):
+        assert tables.target_width(tables.empty(schema)) == (7, targets)
+    with pytest.raises(TableError, match=r"'support_ids' or 'teacher_hidden': missing"):
+        tables.target_width(tables.empty(tables.SCORES))
+    flat = pa.table({"teacher_hidden": pa.array([[1]], tables.list_of(pa.uint16()))})
+    with pytest.raises(TableError, match=r"'teacher_hidden': found list<.*uint16"):
+        tables.target_width(flat)
 
 
 def test_full_conform_reads_every_offset() -> None:

@@ -289,12 +289,20 @@ def test_missing_and_unasked_scores_are_refused(made: MadeStep) -> None:
         selector().select(asked, {}, None, made.scores)
 
 
-@pytest.fixture
-def cut_made(made: MadeStep) -> tuple[MadeStep, pa.Table, tuple]:
+@pytest.fixture(params=["topk", "hidden"])
+def cut_made(request: pytest.FixtureRequest) -> tuple[MadeStep, pa.Table, tuple]:
+    made = made_step(np.random.default_rng(5), rows=10, targets=request.param)
     _, keep = selector(ranks=2, samples=3).select(row_tokens(made.rollouts), {}, None, made.scores)
     order = np.random.default_rng(2).permutation(made.rollouts.num_rows)
     parts = [made.rollouts.take(order[:4]), made.rollouts.take(order[4:])]
     return made, keep, cut(2, keep, made.scores, made.targets, *parts)
+
+
+def compared_in(made: MadeStep) -> tuple[str, ...]:
+    """Columns of TARGETS that the loss reads."""
+    if "teacher_hidden" in made.targets.column_names:
+        return ("teacher_hidden",)
+    return ("support_ids", "teacher_logprobs", "teacher_tail_logprob")
 
 
 def test_selected_holds_just_what_kept_tokens_need(cut_made: tuple) -> None:
@@ -316,9 +324,7 @@ def test_selected_holds_just_what_kept_tokens_need(cut_made: tuple) -> None:
             assert row["sampled_ids"] == [whole[prompt + position] for position in kept]
             for ours, source in (
                 ("student_logprob", rollout),
-                ("support_ids", target),
-                ("teacher_logprobs", target),
-                ("teacher_tail_logprob", target),
+                *((name, target) for name in compared_in(made)),
             ):
                 assert row[ours] == [source[key][ours][position] for position in kept]
     assert sorted(seen) == sorted(key for key, row in by_key.items() if row["kept"])
@@ -362,7 +368,9 @@ def test_samples_are_whole_rows_with_their_kept_tokens_marked(cut_made: tuple) -
         assert all(ids[4] == -1 for ids in row["student_top_ids"])  # K is 4
 
 
-def test_bytes_left_out_are_what_keeping_all_would_have_sent(made: MadeStep) -> None:
+@pytest.mark.parametrize("targets", ["topk", "hidden"])
+def test_bytes_left_out_are_what_keeping_all_would_have_sent(targets: tables.Targets) -> None:
+    made = made_step(np.random.default_rng(6), rows=12, width=32, targets=targets)
     asked = row_tokens(made.rollouts)
     _, half = selector("soft_or").select(asked, {}, None, made.scores)
     _, whole = selector("all").select(asked, {}, None, made.scores)

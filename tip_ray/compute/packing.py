@@ -1,6 +1,7 @@
 """SELECTED tables as token-budgeted micro-batches of right-padded rows.
 
 B  rows of a micro-batch        T  its longest row        N  its kept tokens        K  support width
+E  width of the teacher's hidden state
 
 Attention is causal, so padding after a row never reaches its tokens: no attention mask is needed,
 and kept rows are indices, never inferred from pad values.
@@ -20,9 +21,34 @@ import torch
 from torch import Tensor
 
 from tip_ray.contract.errors import SpecError, TableError
-from tip_ray.contract.tables import column, conform, keys, offsets, selected_schema
+from tip_ray.contract.tables import (
+    Targets,
+    column,
+    conform,
+    empty,
+    keys,
+    offsets,
+    selected_schema,
+    target_width,
+)
 
 Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class SupportTargets:
+    """The teacher on a support and its tail."""
+
+    ids_NK: Tensor  # int64; -1 = padding
+    logprobs_NK: Tensor  # float32, nats
+    tail_N: Tensor  # float32, nats
+
+
+@dataclass(frozen=True)
+class HiddenTargets:
+    """The teacher's final hidden states."""
+
+    hidden_NE: Tensor  # bfloat16
 
 
 @dataclass(frozen=True)
@@ -31,9 +57,7 @@ class MicroBatch:
 
     input_ids_BT: Tensor  # int64; 0 after a row's end
     kept_rows_N: Tensor  # int64; b * T + position of the input whose logits predict the kept token
-    support_ids_NK: Tensor  # int64; -1 = padding
-    teacher_logprobs_NK: Tensor  # float32, nats
-    teacher_tail_N: Tensor  # float32, nats
+    targets: SupportTargets | HiddenTargets
     weight_N: Tensor  # float32; normalisation included
     sampled_ids_N: Tensor  # int64; the kept token itself
     student_logprob_N: Tensor  # float32, nats; recorded at rollout
@@ -41,12 +65,8 @@ class MicroBatch:
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same on `device`."""
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
-        }
-        return replace(self, **moved)
+        targets = replace(self.targets, **_moved(self.targets, device))
+        return replace(self, targets=targets, **_moved(self, device))
 
 
 def micro_batches(selected: pa.Table, max_tokens: int) -> list[MicroBatch]:
@@ -60,8 +80,7 @@ def micro_batches(selected: pa.Table, max_tokens: int) -> list[MicroBatch]:
         TableError: `selected` does not conform, a row's columns of kept tokens differ in length,
             or a kept position is outside of its row.
     """
-    width = _support_width(selected)
-    table = conform(selected, selected_schema(width))
+    table = conform(selected, selected_schema(*target_width(selected)))
     lengths_R, kept_R = np.diff(offsets(table, "input_ids")), np.diff(offsets(table, "kept_weight"))
     _check_positions(table, lengths_R, kept_R)
     key_of = keys(table)
@@ -71,14 +90,12 @@ def micro_batches(selected: pa.Table, max_tokens: int) -> list[MicroBatch]:
     return [_micro_batch(table, rows_by_key[bucket]) for bucket in buckets]
 
 
-def empty_micro_batch(width: int) -> MicroBatch:
+def empty_micro_batch(width: int, targets: Targets = "topk") -> MicroBatch:
     """One token, none kept: what a rank without work runs so that all ranks run equally often."""
     return MicroBatch(
         input_ids_BT=torch.zeros(1, 1, dtype=torch.int64),
         kept_rows_N=torch.zeros(0, dtype=torch.int64),
-        support_ids_NK=torch.zeros(0, width, dtype=torch.int64),
-        teacher_logprobs_NK=torch.zeros(0, width),
-        teacher_tail_N=torch.zeros(0),
+        targets=_targets(empty(selected_schema(width, targets))),
         weight_N=torch.zeros(0),
         sampled_ids_N=torch.zeros(0, dtype=torch.int64),
         student_logprob_N=torch.zeros(0),
@@ -131,9 +148,7 @@ def _micro_batch(table: pa.Table, rows: Ints) -> MicroBatch:
     return MicroBatch(
         input_ids_BT=input_ids_BT,
         kept_rows_N=to_tensor(kept_rows_N, torch.int64),
-        support_ids_NK=to_tensor(column(part, "support_ids"), torch.int64),
-        teacher_logprobs_NK=to_tensor(column(part, "teacher_logprobs")),
-        teacher_tail_N=to_tensor(column(part, "teacher_tail_logprob")),
+        targets=_targets(part),
         weight_N=to_tensor(column(part, "kept_weight")),
         sampled_ids_N=to_tensor(column(part, "sampled_ids"), torch.int64),
         student_logprob_N=to_tensor(column(part, "student_logprob")),
@@ -141,19 +156,20 @@ def _micro_batch(table: pa.Table, rows: Ints) -> MicroBatch:
     )
 
 
-def _support_width(selected: pa.Table) -> int:
-    kind = (
-        selected.schema.field("support_ids").type
-        if "support_ids" in selected.column_names
-        else None
+def _targets(part: pa.Table) -> SupportTargets | HiddenTargets:
+    if "teacher_hidden" in part.column_names:
+        bits_NE = to_tensor(column(part, "teacher_hidden"))
+        return HiddenTargets(bits_NE.view(torch.bfloat16))
+    return SupportTargets(
+        ids_NK=to_tensor(column(part, "support_ids"), torch.int64),
+        logprobs_NK=to_tensor(column(part, "teacher_logprobs")),
+        tail_N=to_tensor(column(part, "teacher_tail_logprob")),
     )
-    if (
-        kind is None
-        or not pa.types.is_list(kind)
-        or not pa.types.is_fixed_size_list(kind.value_type)
-    ):
-        raise TableError("column 'support_ids': expected list<fixed_size_list<int32, W>>")
-    return int(kind.value_type.list_size)
+
+
+def _moved(of: MicroBatch | SupportTargets | HiddenTargets, device: Any) -> dict[str, Any]:
+    tensors = {name: one for name, one in vars(of).items() if isinstance(one, Tensor)}
+    return {name: one.to(device, non_blocking=True) for name, one in tensors.items()}
 
 
 def _check_positions(table: pa.Table, lengths_R: Ints, kept_R: Ints) -> None:

@@ -67,7 +67,9 @@ class TeacherSpec(_Section):
     engine: Literal["transformers", "vllm"] = "transformers"
     """What runs the trunk; the head is ours in both."""
     targets: Literal["topk", "hidden"] = "topk"
-    """What travels for kept tokens: log-probabilities on a support, or hidden states."""
+    """What travels for kept tokens: topk, log-probabilities on a support; or hidden, the teacher's
+    last hidden state in bfloat16: the loss is exact on the whole vocabulary, for 2 bytes times the
+    teacher's width a token, and the learner ranks hold the teacher's head, sharded over them."""
     max_batch_tokens: PositiveInt = 8192
     """Padded tokens in one forward; a longer row travels alone."""
     chunk_rows: PositiveInt = 512
@@ -287,6 +289,7 @@ class EvaluationSpec(_Section):
 class TrackerSpec(_Section):
     model_config = ConfigDict(frozen=True, extra="allow")
     kind: Literal["tensorboard", "wandb", "mlflow"]
+    """Beside it the tool's own options: log_dir; project, entity, mode ...; experiment ..."""
 
 
 class FaultsSpec(_Section):
@@ -347,7 +350,8 @@ class RunSpec(_Section):
         return by_loss.get(self.loss.kind, "student")
 
     def selected_width(self, k: int) -> int:
-        """Ids a kept token at which the learner compares, if the student's support has `k`."""
+        """Ids a kept token at which the learner compares, if the student's support has `k`; with
+        teacher.targets topk."""
         if self.loss.kind == "policy_gradient":
             return 1  # the sampled token
         return 2 * k if self.support_source == "union" else k

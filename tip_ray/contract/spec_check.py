@@ -19,7 +19,6 @@ from tip_ray.contract.spec import SCORERS, RunSpec, TeacherSpec
 
 # Values whose feature has not landed: field -> (values that work, what to do).
 NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
-    "teacher.targets": (("topk",), "use topk"),
     "tracking": (((),), "leave it empty"),
 }
 
@@ -39,6 +38,7 @@ def parse_spec(raw: Mapping[str, Any]) -> RunSpec:
     _refuse_not_yet(spec)
     _refuse_engine_mismatch(spec.teacher)
     _refuse_weights_without_rewards(spec)
+    _refuse_support_of_hidden(spec)
     if spec.loss.kind == "policy_gradient":
         _refuse_biased_gradient(spec)
     return spec
@@ -68,6 +68,14 @@ def _refuse_weights_without_rewards(spec: RunSpec) -> None:
     if loss.sample_weight == "pass_rate" and samples < 2:
         expected = "at least 2 with loss.sample_weight pass_rate"
         raise SpecError("rollout.samples_per_prompt", str(samples), expected)
+
+
+def _refuse_support_of_hidden(spec: RunSpec) -> None:
+    """A support that nothing would be compared on; `support.k` stays, for the scores."""
+    if spec.teacher.targets == "hidden" and spec.support.source != "auto":
+        found, expected = repr(spec.support.source), "auto with teacher.targets hidden"
+        cure = "its loss is on the whole vocabulary; or set teacher.targets to topk"
+        raise SpecError("support.source", found, expected, cure)
 
 
 def _refuse_biased_gradient(spec: RunSpec) -> None:

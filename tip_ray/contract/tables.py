@@ -7,12 +7,13 @@ the vocabulary that student and teacher share, at temperature 1.
 
 K  width of the student's support        W  width of the target support (K, or 2K for a union)
 m  response tokens of a row              k  kept tokens of a row
+D  width of the teacher's hidden state
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +24,10 @@ from tip_ray.contract.errors import TableError
 TOP_SHOWN = 5  # alternatives shown per token in samples/ and on the page
 
 Key = tuple[int, int, int]  # (step, slot, sample_index): one piece of work, whatever the attempt
+Targets = Literal["topk", "hidden"]  # teacher.targets
 
 INT32, INT64, FLOAT32, UINT8 = pa.int32(), pa.int64(), pa.float32(), pa.uint8()
+BFLOAT16 = pa.uint16()  # its bits: Arrow has no such type
 STRING = pa.string()
 
 
@@ -95,12 +98,37 @@ SCORES = _schema(
 )
 
 
-def targets_schema(width: int) -> pa.Schema:
-    """Stays on the teacher's node. `width` ids a token; id -1 is padding of a union support."""
-    return _schema(
-        _field("support_ids", rows_of(INT32, width)),  # [m, W]
+def _target_fields(width: int, targets: Targets) -> tuple[pa.Field, ...]:
+    """What the loss compares the student with, for each token."""
+    if targets == "hidden":
+        return (_field("teacher_hidden", rows_of(BFLOAT16, width)),)  # [m, D]; after the final norm
+    return (
+        _field("support_ids", rows_of(INT32, width)),  # [m, W]; -1 = padding of a union
         _field("teacher_logprobs", rows_of(FLOAT32, width)),  # [m, W]; -inf at padding
         _field("teacher_tail_logprob", list_of(FLOAT32)),  # [m]
+    )
+
+
+def target_width(table: pa.Table) -> tuple[int, Targets]:
+    """(W, "topk") or (D, "hidden") of a TARGETS or SELECTED table.
+
+    Raises:
+        TableError: it has no targets, or they are of another type.
+    """
+    columns: dict[Targets, str] = {"hidden": "teacher_hidden", "topk": "support_ids"}
+    for targets, name in columns.items():
+        if name in table.column_names:
+            kind = table.schema.field(name).type
+            if not pa.types.is_list(kind) or not pa.types.is_fixed_size_list(kind.value_type):
+                raise TableError(f"column {name!r}: found {kind}, expected rows of a fixed size")
+            return int(kind.value_type.list_size), targets
+    raise TableError("column 'support_ids' or 'teacher_hidden': missing; the producer must fill it")
+
+
+def targets_schema(width: int, targets: Targets = "topk") -> pa.Schema:
+    """Stays on the teacher's node. `width` is W, or D with `targets` hidden."""
+    return _schema(
+        *_target_fields(width, targets),
         _field("teacher_sampled_logprob", list_of(FLOAT32)),  # [m]
         _field("teacher_top_ids", rows_of(INT32, TOP_SHOWN)),  # [m, 5]; for samples/; -1 if V < 5
         _field("teacher_top_logprobs", rows_of(FLOAT32, TOP_SHOWN)),  # [m, 5]
@@ -119,7 +147,7 @@ KEEP = _schema(
 )
 
 
-def selected_schema(width: int) -> pa.Schema:
+def selected_schema(width: int, targets: Targets = "topk") -> pa.Schema:
     """cut -> one learner rank. `width` as in `targets_schema`; policy_gradient: the sampled id."""
     return _schema(
         # prompt and response, up to the last input that a kept token needs
@@ -127,9 +155,7 @@ def selected_schema(width: int) -> pa.Schema:
         # [k]; index into input_ids of the input whose logits predict the kept token
         _field("kept_positions", list_of(INT32)),
         _field("kept_weight", list_of(FLOAT32)),  # [k]
-        _field("support_ids", rows_of(INT32, width)),  # [k, W]
-        _field("teacher_logprobs", rows_of(FLOAT32, width)),  # [k, W]
-        _field("teacher_tail_logprob", list_of(FLOAT32)),  # [k]
+        *_target_fields(width, targets),  # as in TARGETS, [k]
         _field("sampled_ids", list_of(INT32)),  # [k]
         _field("student_logprob", list_of(FLOAT32)),  # [k]; recorded at rollout, sampled token
         _field("weight_version", INT64),

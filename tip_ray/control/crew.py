@@ -14,6 +14,7 @@ from tip_ray.runtime.gang import Gang
 from tip_ray.runtime.pool import OnEvent, Pool
 from tip_ray.runtime.replica import actor_class
 from tip_ray.runtime.tasks import together
+from tip_ray.stages.fsdp import TeacherModel
 from tip_ray.stages.learner import LearnerActor
 from tip_ray.stages.pair_checks import PairFacts
 from tip_ray.stages.rollout import RolloutActor
@@ -158,14 +159,16 @@ def _selector(spec: RunSpec, facts: PairFacts) -> Callable[[int], Any]:
 
 def _learner(spec: RunSpec, facts: PairFacts, group: PlacementGroup) -> Callable[[int], Any]:
     place = _in_bundle(LearnerActor, spec.learner, group)
+    hidden = spec.teacher.targets == "hidden"
     return lambda rank: place(rank).remote(
         spec.student,
         spec.learner,
         spec.loss,
         model_path=facts.student_path,
         vocab_size=facts.vocab_size,
-        k_width=spec.selected_width(facts.support_k),
+        width=facts.teacher_hidden if hidden else spec.selected_width(facts.support_k),
         steps=spec.steps,
         rank=rank,
         seed=spec.seed,
+        teacher=TeacherModel(spec.teacher, facts.teacher_path) if hidden else None,
     )

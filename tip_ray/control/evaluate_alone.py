@@ -84,6 +84,7 @@ def _student_facts(spec: RunSpec) -> PairFacts:
         teacher_path=path,
         vocab_size=config.vocab_size,
         support_k=min(spec.support.k, config.vocab_size),
+        teacher_hidden=config.hidden_size,
         eos_ids=eos_ids,
         pad_id=eos_ids[0] if pad_id is None else pad_id,
         template_differs=False,

@@ -4,6 +4,7 @@ A pure function that runs as a task where TARGETS lie. What it returns is copied
 slice would pin the whole table it was cut from.
 
 k  kept tokens        W  width of the target support        m  response tokens of a row
+D  width of the teacher's hidden state
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def cut(
     Args:
         ranks: learner ranks.
         keep: KEEP of the whole step; rows of other batches are ignored.
-        scores, targets: one teacher batch.
+        scores, targets: one teacher batch; of the targets' kind is what travels.
         rollouts: ROLLOUTS tables that hold at least the rows of the batch.
         sampled_only: the support that travels is the sampled token alone, for policy_gradient.
 
@@ -46,13 +47,13 @@ def cut(
         TableError: a rollout that KEEP decided on is missing, or the tables disagree on its length.
     """
     began = time.perf_counter()
-    width = 1 if sampled_only else targets.schema.field("support_ids").type.value_type.list_size
+    schema = tables.selected_schema(*(1, "topk") if sampled_only else tables.target_width(targets))
     batch = _aligned(keep, scores, targets, rollouts)
-    selected = [_select(batch, rank, width, sampled_only) for rank in range(ranks)]
+    selected = [_select(batch, rank, schema, sampled_only) for rank in range(ranks)]
     sent = [tables.nbytes(table) for table in selected]
     header = CutHeader(
         selected_bytes=tuple(sent),
-        unpruned_bytes=sum(sent) + _left_out_bytes(batch, selected, width),
+        unpruned_bytes=sum(sent) + _left_out_bytes(batch, selected, schema),
         busy_s=time.perf_counter() - began,
     )
     return (header, _samples(batch), *selected)
@@ -105,17 +106,18 @@ def _aligned(
     if missing or tables.keys(scores) != own:
         what = f"no rollout of {missing[0]}" if missing else "SCORES of other rollouts than TARGETS"
         raise TableError(f"cut: {what}; all tables of a teacher batch belong together")
+    if len(rows) < len(own):  # rarely: the heavy half is not copied without need
+        scores, targets = scores.take(rows), targets.take(rows)
     return _Batch(
         keep.take([decided[own[row]] for row in rows]).combine_chunks(),
-        scores.take(rows).combine_chunks(),
-        targets.take(rows).combine_chunks(),
+        scores.combine_chunks(),
+        targets.combine_chunks(),
         made.take([place[own[row]] for row in rows]).combine_chunks(),
     )
 
 
-def _select(batch: _Batch, rank: int, width: int, sampled_only: bool) -> pa.Table:
+def _select(batch: _Batch, rank: int, schema: pa.Schema, sampled_only: bool) -> pa.Table:
     """SELECTED of one rank."""
-    schema = tables.selected_schema(width)
     rows = np.flatnonzero(tables.column(batch.keep, "rank") == rank)
     flat_k = batch.flat(rows)
     kept_counts = np.diff(batch.kept_offsets)[rows]
@@ -128,22 +130,22 @@ def _select(batch: _Batch, rank: int, width: int, sampled_only: bool) -> pa.Tabl
         for name in (*tables.KEY_COLUMNS, "weight_version")
     }
     columns["input_ids"] = tables.list_array(inputs, input_offsets, schema.field("input_ids").type)
-    support = _sampled_support if sampled_only else _support
     flat_columns = {
         "kept_positions": positions.astype(np.int32),
         "kept_weight": _rows_of(batch.keep, "weight", rows),
         "sampled_ids": tables.column(batch.rollouts, "response_ids")[flat_k],
         "student_logprob": tables.column(batch.rollouts, "student_logprob")[flat_k],
-        **support(batch, flat_k),
+        **(_sampled_support if sampled_only else _kept_targets)(batch, flat_k),
     }
     for name, values in flat_columns.items():
         columns[name] = tables.list_array(values, offsets, schema.field(name).type)
     return tables.build(schema, columns)
 
 
-def _support(batch: _Batch, flat_k: IntArray) -> dict[str, npt.NDArray[Any]]:
-    names = ("support_ids", "teacher_logprobs", "teacher_tail_logprob")
-    return {name: tables.column(batch.targets, name)[flat_k] for name in names}
+def _kept_targets(batch: _Batch, flat_k: IntArray) -> dict[str, npt.NDArray[Any]]:
+    names = ("support_ids", "teacher_logprobs", "teacher_tail_logprob", "teacher_hidden")
+    there = [name for name in names if name in batch.targets.column_names]
+    return {name: tables.column(batch.targets, name)[flat_k] for name in there}
 
 
 def _sampled_support(batch: _Batch, flat_k: IntArray) -> dict[str, npt.NDArray[Any]]:
@@ -186,9 +188,8 @@ def _rows_of(table: pa.Table, name: str, rows: IntArray) -> npt.NDArray[Any]:
     return tables.column(table.select([name]).take(rows), name)
 
 
-def _left_out_bytes(batch: _Batch, selected: list[pa.Table], width: int) -> int:
+def _left_out_bytes(batch: _Batch, selected: list[pa.Table], schema: pa.Schema) -> int:
     """What keeping every loss token would have added to the tables of all ranks."""
-    schema = tables.selected_schema(width)
     token_bytes = sum(_bytes_a_token(field.type) for field in schema if field.name != "input_ids")
     loss_tokens = int((tables.column(batch.scores, "loss_mask") != 0).sum())
     kept_tokens = sum(len(tables.column(table, "kept_positions")) for table in selected)
@@ -213,7 +214,8 @@ def _samples(batch: _Batch) -> pa.Table:
     """SAMPLES: the rows marked to be shown, whole."""
     rows = np.flatnonzero(tables.column(batch.keep, "shown"))
     rollouts, scores = batch.rollouts.take(rows), batch.scores.take(rows)
-    targets, keep = batch.targets.take(rows), batch.keep.take(rows)
+    shown = ("teacher_sampled_logprob", "teacher_top_ids", "teacher_top_logprobs")
+    targets, keep = batch.targets.select(shown).take(rows), batch.keep.take(rows)
     offsets = tables.offsets(rollouts, "response_ids")
     kept_flags = np.zeros(int(offsets[-1]), np.uint8)
     kept_offsets, kept = tables.offsets(keep, "kept"), tables.column(keep, "kept")

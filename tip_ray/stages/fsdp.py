@@ -2,40 +2,60 @@
 
 The root's forward is trunk, kept rows and kept loss together: inside it the head's weight is a
 plain full tensor, so the head never sees a dropped row and the loss makes its gradients there.
+A teacher's head is no part of the module: sharded rows that are gathered for a loss and dropped.
 
 B  rows of a micro-batch    T  padded input tokens of a row    N  kept tokens of a micro-batch
-D  hidden width             V  rows of the head                K  ids at which the loss compares
+D  hidden width             V  rows of the head                E  the teacher's hidden width
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
-from tip_ray.compute.loss import KeptStats, kept_loss_with_stats
-from tip_ray.compute.packing import MicroBatch
+from tip_ray.compute.loss import KeptStats, hidden_loss_with_stats, kept_loss_with_stats
+from tip_ray.compute.packing import HiddenTargets, MicroBatch
 from tip_ray.contract.errors import NotSupportedError
-from tip_ray.contract.spec import LossSpec, StudentSpec
-from tip_ray.stages.models import load_causal_lm
-from tip_ray.stages.state import MOMENTS, PARAMETER
+from tip_ray.contract.spec import LossSpec, StudentSpec, TeacherSpec
+from tip_ray.stages.head_weight import head_weight
+from tip_ray.stages.models import load_causal_lm, path_on_this_node
+from tip_ray.stages.state import MOMENTS, PARAMETER, first_row
 
 LOSS_CHUNK_ROWS = 512  # rows of [rows, V] logits alive at once; results do not depend on it
 REST = ""  # the layer group of everything outside the decoder layers
 
 
+@dataclass(frozen=True)
+class TeacherModel:
+    """Whose hidden states the student is compared with."""
+
+    spec: TeacherSpec
+    path: str  # the local checkpoint directory that the driver resolved
+
+
 class KeptStudent(nn.Module):
     """The FSDP root: a causal language model that answers with its loss on kept tokens."""
 
-    def __init__(self, model: PreTrainedModel, loss: LossSpec, vocab_size: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        loss: LossSpec,
+        vocab_size: int,
+        teacher_head_VE: torch.Tensor | None = None,
+    ) -> None:
+        """`teacher_head_VE` is what hidden targets need, whole or as `teacher_head` gives it."""
         super().__init__()
         self.model = model
+        self._teacher_head_VE = teacher_head_VE
         self._loss = loss
         self._vocab_size = vocab_size
 
@@ -45,21 +65,29 @@ class KeptStudent(nn.Module):
         # sdpa keeps its causal kernel.
         trunk = self.model.base_model(input_ids=batch.input_ids_BT, use_cache=False)
         hidden_ND = trunk.last_hidden_state.flatten(0, 1).index_select(0, batch.kept_rows_N)
+        head_VD = self.model.get_output_embeddings().weight
+        common: dict[str, Any] = {
+            "weight_N": batch.weight_N,
+            "kind": self._loss.kind,
+            "chunk_rows": LOSS_CHUNK_ROWS,
+            "sampled_ids_N": batch.sampled_ids_N,
+            "beta": self._loss.beta,
+            "tail_floor_nats": self._loss.tail_floor_nats,
+            "vocab_size": self._vocab_size,
+        }
+        if isinstance(batch.targets, HiddenTargets):
+            assert self._teacher_head_VE is not None, "hidden targets without the teacher's head"
+            teacher = (batch.targets.hidden_NE, whole(self._teacher_head_VE))
+            return hidden_loss_with_stats(hidden_ND, head_VD, *teacher, **common)
         return kept_loss_with_stats(
             hidden_ND,
-            self.model.get_output_embeddings().weight,
-            batch.support_ids_NK,
-            batch.teacher_logprobs_NK,
-            batch.weight_N,
-            kind=self._loss.kind,
-            chunk_rows=LOSS_CHUNK_ROWS,
-            teacher_tail_logprob_N=batch.teacher_tail_N,
+            head_VD,
+            batch.targets.ids_NK,
+            batch.targets.logprobs_NK,
+            teacher_tail_logprob_N=batch.targets.tail_N,
             student_logprob_N=batch.student_logprob_N,
-            sampled_ids_N=batch.sampled_ids_N,
-            tail_floor_nats=self._loss.tail_floor_nats,
-            beta=self._loss.beta,
             clip=self._loss.clip,
-            vocab_size=self._vocab_size,
+            **common,
         )
 
 
@@ -75,6 +103,33 @@ def load_master(
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
+
+
+def teacher_head(teacher: TeacherModel, vocab_size: int, mesh: DeviceMesh) -> DTensor:
+    """The teacher's LM head [V, E] in its own dtype, sharded over `mesh`; each rank reads its rows.
+
+    Raises:
+        SpecError: the checkpoint cannot be found, or has no plain linear head.
+    """
+    spec = teacher.spec
+    rank, ranks = mesh.get_local_rank(), mesh.size()
+    own_VE = head_weight(
+        path_on_this_node(teacher.path, spec.model, spec.revision, "teacher.model"),
+        spec.dtype,
+        slice(first_row(vocab_size, rank, ranks), first_row(vocab_size, rank + 1, ranks)),
+        spec.trust_remote_code,
+        "teacher.model",
+        "use teacher.targets topk",
+    )
+    width = own_VE.shape[1]
+    return DTensor.from_local(
+        own_VE.to(mesh.device_type),
+        mesh,
+        [Shard(0)],
+        run_check=False,
+        shape=torch.Size((vocab_size, width)),
+        stride=(width, 1),  # named: ranks may hold unequal numbers of rows
+    )
 
 
 def layer_prefixes(model: PreTrainedModel) -> tuple[str, ...]:
@@ -121,6 +176,11 @@ def local_gradients(root: KeptStudent) -> list[torch.Tensor]:
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's rows of a sharded tensor, without a copy."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All rows of a sharded tensor; collective. A plain one as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def sum_over_ranks(*values: float, device: torch.device) -> tuple[float, ...]:

@@ -30,7 +30,7 @@ from tip_ray.contract.errors import ReplicaError, TableError
 from tip_ray.contract.headers import LearnerReport
 from tip_ray.contract.seeds import derive_seed
 from tip_ray.contract.spec import LearnerSpec, LossSpec, StudentSpec
-from tip_ray.contract.tables import concat, newest_attempts, selected_schema, tried
+from tip_ray.contract.tables import Targets, concat, newest_attempts, selected_schema, tried
 from tip_ray.runtime.weights import WeightGroup
 from tip_ray.stages import fsdp, rendezvous, state
 from tip_ray.stages.export import write_export
@@ -76,18 +76,21 @@ class LearnerActor:
         loss: LossSpec,
         model_path: str,
         vocab_size: int,
-        k_width: int,
+        width: int,
         steps: int,
         rank: int,
         seed: int,
+        teacher: fsdp.TeacherModel | None = None,
     ) -> None:
         """Keep the rank's part of the spec; nothing is loaded before `join`.
 
         `model_path` is a local checkpoint directory, `vocab_size` the number of ids that student
-        and teacher share, `k_width` the support width of SELECTED, `seed` the run's.
+        and teacher share, `width` that of the targets in SELECTED, `seed` the run's. With
+        `teacher` the targets are its hidden states: the ranks hold its head, sharded over them.
         """
         self._student, self._learner, self._loss = student, learner, loss
-        self._model_path, self._vocab_size, self._k_width = model_path, vocab_size, k_width
+        self._model_path, self._vocab_size, self._teacher = model_path, vocab_size, teacher
+        self._targets: tuple[int, Targets] = (width, "hidden" if teacher else "topk")
         self._steps, self._rank, self._seed = steps, rank, seed
         self._store: dist.TCPStore | None = None
         self._group: _Group | None = None
@@ -103,7 +106,8 @@ class LearnerActor:
         """Form the group and shard the student over it. Collective.
 
         Raises:
-            SpecError: the student cannot be read, or its logits are not hidden @ head.
+            SpecError: the student or the teacher's head cannot be read, or logits of one are not
+                hidden @ head.
             NotSupportedError: its architecture does not say which modules are its layers.
         """
         torch.set_num_threads(self._learner.num_cpus)
@@ -116,8 +120,9 @@ class LearnerActor:
         prefixes = fsdp.layer_prefixes(model)
         store = self._store or dist.TCPStore(host, port, is_master=False)
         rendezvous.meet(store, self._rank, world_size, device)
-        root = fsdp.KeptStudent(model, self._loss, self._vocab_size)
         mesh = init_device_mesh(device.type, (world_size,))
+        theirs = self._teacher and fsdp.teacher_head(self._teacher, self._vocab_size, mesh)
+        root = fsdp.KeptStudent(model, self._loss, self._vocab_size, theirs)
         fsdp.shard(root, prefixes, mesh, getattr(torch, self._student.dtype))
         scale = FLOAT16_LOSS_SCALE if self._student.dtype == "float16" else 1.0
         self._group = _Group(root, prefixes, self._adamw(root), device, world_size, scale)
@@ -180,7 +185,7 @@ class LearnerActor:
 
     def _own_rows(self, step: int, selected: Sequence[pa.Table]) -> pa.Table:
         """One row a rollout, however often it was sent."""
-        table = newest_attempts(concat(selected, selected_schema(self._k_width)))
+        table = newest_attempts(concat(selected, selected_schema(*self._targets)))
         foreign = set(table.column("step").to_pylist()) - {step}
         if foreign:
             raise TableError(f"column 'step': rows of step {min(foreign)}, expected step {step}")
@@ -194,7 +199,7 @@ class LearnerActor:
         """
         group = self._joined()
         losses, gaps = [], []  # read at the end: a GPU need not wait in between
-        padding = [empty_micro_batch(self._k_width)] * (count - len(batches))
+        padding = [empty_micro_batch(*self._targets)] * (count - len(batches))
         for batch in (*batches, *padding):
             batch = batch.to(group.device)
             batch = replace(batch, weight_N=batch.weight_N * group.loss_scale)

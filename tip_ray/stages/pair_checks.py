@@ -39,6 +39,7 @@ class PairFacts:
     teacher_path: str
     vocab_size: int  # shared: ids at or above it exist in one padded head only
     support_k: int  # support.k, at most the vocabulary
+    teacher_hidden: int  # width of the teacher's hidden state
     eos_ids: tuple[int, ...]  # any of them ends a response; ascending
     pad_id: int  # fills tensors where nothing reads
     template_differs: bool  # the first prompt reads differently under the two templates
@@ -81,6 +82,7 @@ def check_pair(spec: RunSpec) -> PairFacts:
         teacher_path=teacher.path,
         vocab_size=vocab_size,
         support_k=min(spec.support.k, vocab_size),
+        teacher_hidden=teacher.config.hidden_size,
         eos_ids=student.eos_ids,
         pad_id=student.eos_ids[0] if pad_id is None else pad_id,
         template_differs=differs,

@@ -7,6 +7,9 @@ token t.
 N  response tokens          C  tokens of one chunk          D  width of a hidden state
 K  student's support        V  shared vocabulary
 W  target support: K, or 2K for a union, with id -1 = padding
+
+With targets hidden the hidden states themselves are TARGETS, rounded to bfloat16; SCORES are those
+of the states as they are, on the student's support, as always.
 """
 
 from __future__ import annotations
@@ -58,6 +61,7 @@ class _Scored(NamedTuple):
     support_ids_NW: Tensor
     logprobs_NW: Tensor
     tail_N: Tensor
+    hidden_ND: Tensor  # bfloat16; D is 0 with targets topk
     sampled_N: Tensor
     top_ids_N5: Tensor
     top_logprobs_N5: Tensor
@@ -102,7 +106,9 @@ class TeacherActor:
     ) -> None:
         torch.set_num_threads(teacher.num_cpus)
         self._spec, self._k, self._vocab_size = teacher, k, vocab_size
-        self._source, self._floor = support_source, tail_floor_nats
+        # The student's support is scored anyway: with targets hidden no other is needed.
+        self._source = "student" if teacher.targets == "hidden" else support_source
+        self._floor = tail_floor_nats
         path = path_on_this_node(model_path, teacher.model, teacher.revision, "teacher.model")
         self._trunk = make_trunk(teacher, path, vocab_size, max_row_tokens)
         self._head_VD = self._trunk.head_VD
@@ -132,7 +138,8 @@ class TeacherActor:
             for row in poisoned
         ]
         scored, table = _without_tokens(table, scored, poisoned), without_rows(table, poisoned)
-        scores, targets = _scores_table(table, scored), _targets_table(table, scored)
+        scores = _scores_table(table, scored)
+        targets = _targets_table(table, scored, self._spec.targets)
         header = _header(table, scored, scores, quarantined, time.perf_counter() - started)
         return header, scores, targets
 
@@ -158,8 +165,8 @@ class TeacherActor:
 
     def _score_chunk(self, hidden_CD: Tensor, student: _Student) -> _Scored:
         logits_CV = head_logits(hidden_CD, self._head_VD)
-        width = min(max(self._k, TOP_SHOWN), self._vocab_size)
-        statistics = row_statistics(logits_CV, width, self._vocab_size)
+        top = min(max(self._k, TOP_SHOWN), self._vocab_size)
+        statistics = row_statistics(logits_CV, top, self._vocab_size)
         logprobs_CV = logits_CV.sub_(statistics.log_normalizer_N[:, None])
         on_student_CK = logprobs_CV.gather(1, student.topk_ids_NK)
         sampled_C = logprobs_CV.gather(1, student.sampled_ids_N[:, None]).squeeze(1)
@@ -174,11 +181,15 @@ class TeacherActor:
         reverse_C, forward_C = support_divergence(
             student.topk_logprobs_NK, student.tail_N, on_student_CK, student_tail_C, self._floor
         )
+        width = hidden_CD.shape[1] if self._spec.targets == "hidden" else 0
+        shipped_CD = hidden_CD[:, :width].to(torch.bfloat16)
         finite_C = on_student_CK.isfinite().all(1) & sampled_C.isfinite() & ~support_tail_C.isnan()
+        finite_C &= shipped_CD.isfinite().all(1)
         scored = _Scored(
             support_ids_CW,
             on_support_CW,
             support_tail_C,
+            shipped_CD,
             sampled_C,
             _padded(statistics.topk_ids_NK[:, :TOP_SHOWN], -1),
             _padded(statistics.topk_logprobs_NK[:, :TOP_SHOWN], -torch.inf),
@@ -279,14 +290,22 @@ def _scores_table(table: pa.Table, scored: _Scored) -> pa.Table:
     )
 
 
-def _targets_table(table: pa.Table, scored: _Scored) -> pa.Table:
-    return _token_table(
-        table,
-        tables.targets_schema(scored.support_ids_NW.shape[1]),
-        {
+def _targets_table(table: pa.Table, scored: _Scored, targets: tables.Targets) -> pa.Table:
+    if targets == "hidden":
+        values_ND = scored.hidden_ND.view(torch.uint16).numpy()
+        width, compared = values_ND.shape[1], {"teacher_hidden": values_ND}
+    else:
+        width = scored.support_ids_NW.shape[1]
+        compared = {
             "support_ids": scored.support_ids_NW.numpy().astype(np.int32),
             "teacher_logprobs": scored.logprobs_NW.numpy(),
             "teacher_tail_logprob": scored.tail_N.numpy(),
+        }
+    return _token_table(
+        table,
+        tables.targets_schema(width, targets),
+        {
+            **compared,
             "teacher_sampled_logprob": scored.sampled_N.numpy(),
             "teacher_top_ids": scored.top_ids_N5.numpy().astype(np.int32),
             "teacher_top_logprobs": scored.top_logprobs_N5.numpy(),

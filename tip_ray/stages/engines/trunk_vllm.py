@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from tip_ray.contract.spec import TeacherSpec
-from tip_ray.stages.engines.head_weight import head_weight
 from tip_ray.stages.engines.trunk import HiddenStates, Row
 from tip_ray.stages.engines.vllm_args import (
     check_devices,
@@ -21,6 +20,7 @@ from tip_ray.stages.engines.vllm_args import (
     values_checked_by_vllm,
 )
 from tip_ray.stages.engines.workarounds import cpu_engine_args, prepare_process
+from tip_ray.stages.head_weight import head_weight
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
@@ -75,7 +75,12 @@ class VllmTrunk:
         self.max_row_tokens = max_row_tokens
         args = build_trunk_args(teacher, path, max_row_tokens)
         self.head_VD = head_weight(
-            path, teacher.dtype, vocab_size, teacher.trust_remote_code, "teacher.model"
+            path,
+            teacher.dtype,
+            slice(vocab_size),
+            teacher.trust_remote_code,
+            "teacher.model",
+            "use teacher.engine transformers",
         ).to("cuda" if teacher.num_gpus else "cpu")
         with values_checked_by_vllm(FIELD, teacher.engine_args):
             settings = args.create_engine_config(UsageContext.LLM_CLASS)

@@ -1,4 +1,5 @@
-"""The LM head of a checkpoint alone, for engines that keep theirs to themselves.
+"""The LM head of a checkpoint alone: for engines that keep theirs to themselves, and for a learner
+that compares hidden states.
 
 V  shared vocabulary        D  width of a hidden state
 """
@@ -19,9 +20,17 @@ from tip_ray.stages.reading import one_line
 
 
 def head_weight(
-    path: str, dtype: str, vocab_size: int, trust_remote_code: bool = False, field: str = "model"
+    path: str,
+    dtype: str,
+    rows: slice,
+    trust_remote_code: bool = False,
+    field: str = "model",
+    cure: str = "",
 ) -> Tensor:
-    """[V, D] on the CPU; of a tied head the embedding. No other tensor is read.
+    """[rows, D] on the CPU; of a tied head the embedding. Nothing else is read.
+
+    Args:
+        field, cure: the spec's name for the checkpoint, and what to do where it has no head.
 
     Raises:
         SpecError: the checkpoint's safetensors hold no such tensor, or cannot be read; or its
@@ -36,12 +45,12 @@ def head_weight(
         for name, file in itertools.product(names, files):
             with safe_open(file, framework="pt") as opened:
                 if name in opened.keys():  # noqa: SIM118 - not a mapping
-                    return opened.get_slice(name)[:vocab_size].to(getattr(torch, dtype))
+                    return opened.get_slice(name)[rows].to(getattr(torch, dtype))
     except SafetensorError as error:
         found = f"{path}: {one_line(error)}"
         raise SpecError(field, found, "readable safetensors weights") from None
     expected = f"a tensor {' or '.join(names)} in its safetensors files"
-    raise SpecError(field, f"none in {path}", expected, "use teacher.engine transformers")
+    raise SpecError(field, f"none in {path}", expected, cure)
 
 
 def _names(model: PreTrainedModel, field: str) -> list[str]:

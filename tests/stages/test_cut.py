@@ -1,0 +1,84 @@
+"""The cut where targets are heavy: what travels, and what it weighs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from tests.tables_made import MadeStep, made_step
+from tip_ray.contract import tables
+from tip_ray.stages.cut import cut
+
+RESPONSE = 100
+
+
+def keep(made: MadeStep, kept: dict[tables.Key, list[int]], ranks: int = 1) -> pa.Table:
+    """KEEP with some positions of some rows; row after row on another rank."""
+    rows = {key: row for row, key in enumerate(tables.keys(made.rollouts)) if key in kept}
+    columns: dict[str, Any] = {
+        name: made.rollouts.column(name).take(list(rows.values())) for name in tables.KEY_COLUMNS
+    }
+    masks = made.rollouts.column("loss_mask").to_pylist()
+    columns |= {
+        "kept": [kept[key] for key in rows],
+        "weight": [[0.5] * len(kept[key]) for key in rows],
+        "rank": [row % ranks if kept[key] else -1 for row, key in enumerate(rows)],
+        "quadrant": [masks[row] for row in rows.values()],
+        "shown": [0] * len(rows),
+    }
+    return tables.build(tables.KEEP, columns)
+
+
+@pytest.mark.parametrize(
+    ("targets", "width", "half", "tenth"),
+    [("hidden", 4096, 0.505, 0.105), ("topk", 64, 0.52, 0.13)],
+)
+def test_bytes_to_the_learner_follow_the_kept_tokens(
+    targets: tables.Targets, width: int, half: float, tenth: float
+) -> None:
+    """At the widths of large models, and a prompt of a quarter of the response."""
+    made = made_step(
+        np.random.default_rng(0),
+        rows=1,
+        masked=False,
+        width=width,
+        vocab_size=90,
+        targets=targets,
+        lengths=(RESPONSE // 4, RESPONSE),
+    )
+    key, sent = tables.keys(made.rollouts)[0], {}
+    for count in (RESPONSE, RESPONSE // 2, RESPONSE // 10):
+        earlier = np.random.default_rng(1).choice(RESPONSE - 1, count - 1, replace=False)
+        positions = [*sorted(earlier.tolist()), RESPONSE - 1]  # the row is read to its end, as ever
+        header, _, selected = cut(
+            1, keep(made, {key: positions}), made.scores, made.targets, made.rollouts
+        )
+        name = "teacher_hidden" if targets == "hidden" else "teacher_logprobs"
+        assert tables.column(selected, name).shape == (len(positions), width)
+        whole = tables.column(made.targets, name)
+        assert (tables.column(selected, name) == whole[positions]).all()
+        assert selected.get_total_buffer_size() < 1.02 * header.selected_bytes[0]  # pins no more
+        sent[count] = header.selected_bytes[0]
+        assert header.unpruned_bytes == pytest.approx(sent[RESPONSE], rel=0.01)
+    assert sent[RESPONSE // 2] / sent[RESPONSE] <= half
+    assert sent[RESPONSE // 10] / sent[RESPONSE] <= tenth
+
+
+@pytest.mark.parametrize("targets", ["topk", "hidden"])
+def test_rows_that_nobody_decided_on_are_left_out(targets: tables.Targets) -> None:
+    made = made_step(np.random.default_rng(2), rows=9, targets=targets)
+    keys = tables.keys(made.rollouts)
+    kept = {key: [0] for key in keys}
+    _, _, *whole = cut(2, keep(made, kept, 2), made.scores, made.targets, made.rollouts)
+    some = {key: [0] for row, key in enumerate(keys) if row % 4 in (0, 1)}
+    _, _, *fewer = cut(2, keep(made, some, 1), made.scores, made.targets, made.rollouts)
+    assert fewer[1].num_rows == 0
+    expected = {key: row for part in whole for key, row in keyed(part).items()}
+    assert keyed(fewer[0]) == {key: expected[key] for key in some}
+
+
+def keyed(table: pa.Table) -> dict[tables.Key, dict[str, Any]]:
+    return dict(zip(tables.keys(table), table.to_pylist(), strict=True))
