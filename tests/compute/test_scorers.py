@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import math
+import signal
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tip_ray.compute.math_process import MathProcess
 from tip_ray.compute.scorers import exact, last_number, scorer
 from tip_ray.contract.errors import SpecError
 
@@ -94,6 +97,38 @@ def test_math_without_its_package_says_what_to_install(monkeypatch):
         scorer("math", "reward.scorer")
 
 
+@pytest.fixture(scope="module")
+def impatient():
+    process = MathProcess(step_limit_s=1)
+    assert process.same("2", "2")
+    yield process
+    process.close()
+
+
+def test_the_time_limit_holds_outside_of_the_main_thread(impatient):
+    with ThreadPoolExecutor(2) as threads:
+        answers = [
+            threads.submit(impatient.same, rf"\boxed{{{one}}}", "3") for one in ("10^{10^8}", "3")
+        ]
+        assert [one.result(timeout=60) for one in answers] == [False, True]
+
+
+def test_a_process_that_hangs_or_dies_is_replaced(impatient):
+    impatient._process.kill()
+    impatient._process.wait()
+    assert impatient.same(r"\boxed{7}", "7")
+    impatient._process.send_signal(signal.SIGSTOP)
+    assert not impatient.same(r"\boxed{7}", "7")
+    assert impatient.same(r"\boxed{7}", "7")
+
+
+def test_math_without_its_package_in_the_new_process_says_so(monkeypatch):
+    process = MathProcess()
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(SpecError, match=r"'math' \(EOFError\).*pip install math-verify"):
+        process.same("1", "1")
+
+
 # --- the user's own
 
 
@@ -113,3 +148,14 @@ def test_a_scorer_of_the_users_own(monkeypatch):
         scorer("made_up_scorers:nothing")("1", "1")
     with pytest.raises(SpecError, match="no_such_package"):
         scorer("no_such_package:length")
+    module.leaves = lambda *_: sys.exit(3)
+    with pytest.raises(SpecError, match="raised SystemExit: 3"):
+        scorer("made_up_scorers:leaves")("1", "1")
+    module.flag = lambda response, answer: response == answer
+    assert scorer("made_up_scorers:flag")("1", "1") == 1.0
+    module.short = lambda _: 1.0
+    for path, says in (("short", "raised TypeError"), ("missing", "a function 'missing'")):
+        with pytest.raises(SpecError, match=says) as caught:
+            scorer(f"made_up_scorers:{path}", "reward.scorer")("1", "1")
+        assert "reward.scorer" in str(caught.value)
+        assert "\n" not in str(caught.value)

@@ -5,15 +5,14 @@ Beside the built-in ones, which return 1.0 or 0.0, `package.module:function` nam
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import math as numbers
 import re
-import threading
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
-from typing import Any
 
+from tip_ray.compute.math_process import MATH
 from tip_ray.compute.user_function import call_function, load_function
 from tip_ray.contract.errors import SpecError
 
@@ -45,13 +44,9 @@ def math(response: str, answer: str) -> float:
     """1.0 if both are the same mathematics, by the package math-verify.
 
     Of the response what it boxes counts, else its last formula or number; the answer is LaTeX.
+    0.0 where that takes longer than a few seconds.
     """
-    verifier: Any = importlib.import_module("math_verify")
-    # The package's time limits are signals, which only a main thread can take.
-    limit_s = 5 if threading.current_thread() is threading.main_thread() else None
-    expected = verifier.parse(f"${answer}$", parsing_timeout=limit_s)
-    found = verifier.parse(response, parsing_timeout=limit_s)
-    return float(verifier.verify(expected, found, timeout_seconds=limit_s))
+    return float(MATH.same(response, answer))
 
 
 SCORERS: dict[str, Scorer] = {"exact": exact, "last_number": last_number, "math": math}
@@ -87,11 +82,9 @@ def _of_user(
 
 
 def _check_math_verify(field: str) -> None:
-    try:
-        importlib.import_module("math_verify")
-    except ImportError:
+    if importlib.util.find_spec("math_verify") is None:
         expected = "the package math-verify beside it"
-        raise SpecError(field, "'math'", expected, "pip install math-verify") from None
+        raise SpecError(field, "'math'", expected, "pip install math-verify")
 
 
 def _last_number(text: str) -> Fraction | None:
