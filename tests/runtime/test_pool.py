@@ -15,7 +15,7 @@ import pytest
 import ray
 import torch
 
-from tip_ray.contract.errors import DataError, RunFailedError
+from tip_ray.contract.errors import DataError, ObjectsLostError, RunFailedError
 from tip_ray.runtime.pool import Pool
 from tip_ray.runtime.replica import actor_class
 from tip_ray.runtime.weights import WeightGroup, WeightVersion
@@ -177,6 +177,22 @@ def test_a_data_error_is_not_retried(make_pool: Any, events: Events) -> None:
         await pool.start()
         with pytest.raises(DataError, match="row 3"):
             await pool.call("poisonous", returns=1)
+        assert events == []
+
+    asyncio.run(go())
+
+
+def test_an_argument_that_died_with_its_maker_is_no_replicas_fault(
+    make_pool: Any, events: Events, tmp_path: Path
+) -> None:
+    maker = actor_class(Worker).options(num_cpus=0).remote(tmp_path)
+    argument = maker.die_once.remote(1)
+
+    async def go() -> None:
+        pool = make_pool()
+        await pool.start()
+        with pytest.raises(ObjectsLostError, match="worker"):
+            await pool.call("answer", argument, returns=2)
         assert events == []
 
     asyncio.run(go())

@@ -56,7 +56,8 @@ def classify(error: BaseException, who: str) -> TipRayError:
         return ObjectsLostError(f"{who}: {type(error).__name__}: {_first_line(error)}")
     if isinstance(error, RayTaskError):
         cause = error.cause
-        if isinstance(cause, ObjectLostError):
+        # An actor cannot report its own death: an argument's maker is dead, and the argument gone.
+        if isinstance(cause, (ObjectLostError, RayActorError)):
             return ObjectsLostError(f"{who}: {type(cause).__name__}: {_first_line(cause)}")
         if isinstance(cause, TipRayError) and not isinstance(cause, ReplicaError):
             return cause
