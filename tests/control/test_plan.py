@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 from safetensors import safe_open
 
 from tests.runs_made import QUICKSTART
+from tip_ray.commands.begin import plan_lines
 from tip_ray.contract import tables
-from tip_ray.control.plan import bytes_a_token, count_parameters, make_plan
+from tip_ray.control.plan import Hop, bytes_a_token, count_parameters, hidden_width, make_plan
 from tip_ray.control.spec_file import load_spec
 from tip_ray.demo import checkpoint_path
 
@@ -36,8 +38,14 @@ def grown(schema: pa.Schema, tokens: int, kept: int) -> int:
 
 @pytest.mark.parametrize(
     "schema",
-    [tables.rollouts_schema(6), tables.SCORES, tables.KEEP, tables.selected_schema(6)],
-    ids=["ROLLOUTS", "SCORES", "KEEP", "SELECTED"],
+    [
+        tables.rollouts_schema(6),
+        tables.SCORES,
+        tables.KEEP,
+        tables.selected_schema(6),
+        tables.selected_schema(6, "hidden"),
+    ],
+    ids=["ROLLOUTS", "SCORES", "KEEP", "SELECTED", "hidden SELECTED"],
 )
 def test_bytes_a_token_are_what_a_token_adds(schema: pa.Schema) -> None:
     added = grown(schema, 200, 50) - grown(schema, 100, 25)
@@ -56,6 +64,26 @@ def test_the_documented_formulas_hold() -> None:
     assert hops["cut -> learner"].bytes_a_token_unpruned == 4 + 20 + 8 * 10
     tokens = 32 * 4 * 48
     assert hops["teacher -> selector"].bytes_a_step == 17 * tokens
+
+
+def test_hidden_targets_follow_the_teachers_width(tmp_path: Path) -> None:
+    changes = {"teacher.targets": "hidden", "selection.retention": 0.25}
+    spec = load_spec(QUICKSTART, changes)
+    config = json.loads((checkpoint_path("carry-teacher") / "config.json").read_text())
+    for plan, width in (
+        (make_plan(spec), config["hidden_size"]),
+        (make_plan(spec, teacher_hidden=4096), 4096),
+    ):
+        hop = plan.hops[-1]
+        assert hop.bytes_a_token == 4 + 0.25 * (16 + 2 * width)
+        assert hop.bytes_a_token_unpruned == 4 + 16 + 2 * width
+        assert hop.bytes_a_step == hop.bytes_a_token * plan.response_tokens_a_step
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"hidden_size": 640}}))
+    assert hidden_width(tmp_path) == 640
+    elsewhere = make_plan(load_spec(QUICKSTART, {**changes, "teacher.model": "org/name"}))
+    assert elsewhere.hops[-1] == Hop("cut -> learner", None, None, None)
+    assert any("known once the teacher is read" in line for line in plan_lines(elsewhere))
+    assert elsewhere.hops[:3] == make_plan(spec).hops[:3]
 
 
 def test_a_small_vocabulary_narrows_the_support() -> None:

@@ -49,13 +49,14 @@ def validate(options: argparse.Namespace) -> int:
     from tip_ray.control.preflight import preflight
 
     checked = preflight(spec)
+    facts = checked.facts
     for line in checked.first_prompt:
         write(printable(line))
     write("\ndiffers from the defaults")
     for line in difference_lines(differences(spec)):
         write(f"  {line}")
     write("\nplan")
-    for line in plan_lines(make_plan(spec, checked.facts.vocab_size)):
+    for line in plan_lines(make_plan(spec, facts.vocab_size, facts.teacher_hidden)):
         write(f"  {line}")
     write(f"\n{options.spec}: good")
     return 0
@@ -141,6 +142,9 @@ def plan_lines(plan: Plan) -> list[str]:
     pools += [("all", "", str(plan.cpus), str(plan.gpus))]
     hops = [("hop", "bytes a response token", "all tokens kept", "a step, at most")]
     for hop in plan.hops:
+        if hop.bytes_a_step is None:
+            hops.append((hop.name, "known once the teacher is read", "", ""))
+            continue
         shipped, unpruned = f"{hop.bytes_a_token:g}", f"{hop.bytes_a_token_unpruned:g}"
         hops.append((hop.name, shipped, unpruned, size(hop.bytes_a_step)))
     sync = "known once the student is read"

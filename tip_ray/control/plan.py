@@ -2,13 +2,14 @@
 
 Bytes a token count the columns that grow with a response; a row's own key, prompt and list offsets
 come on top. The width W of the targets is K, 2K where the loss compares a union of supports, or 1
-for policy_gradient; a vocabulary smaller than K makes both smaller. With retention rho, a response
-token costs
+for policy_gradient; a vocabulary smaller than K makes both smaller. With teacher.targets hidden a
+kept token carries the D numbers of the teacher's hidden state instead. With retention rho, a
+response token costs
 
     rollout -> teacher     17 + 8 K                     ROLLOUTS
     teacher -> selector    17                           SCORES
     selector -> cut        1 + 8 rho                    KEEP
-    cut -> learner         4 + rho (20 + 8 W)           SELECTED
+    cut -> learner         4 + rho (20 + 8 W)           SELECTED; hidden: 4 + rho (16 + 2 D)
 
 The numbers are computed from the schemas, so they follow them.
 """
@@ -46,9 +47,10 @@ class Hop:
     """One way a token travels."""
 
     name: str
-    bytes_a_token: float
-    bytes_a_token_unpruned: float
-    bytes_a_step: float  # at most: every response as long as it may be
+    # None: they follow the teacher's width, and it is not local
+    bytes_a_token: float | None
+    bytes_a_token_unpruned: float | None
+    bytes_a_step: float | None  # at most: every response as long as it may be
 
 
 @dataclass(frozen=True)
@@ -70,17 +72,22 @@ class Plan:
         return sum(pool.gpus for pool in self.pools)
 
 
-def make_plan(spec: RunSpec, vocab_size: int | None = None) -> Plan:
-    """The plan of `spec`; reads nothing but the headers of a local student's weights.
+def make_plan(
+    spec: RunSpec, vocab_size: int | None = None, teacher_hidden: int | None = None
+) -> Plan:
+    """The plan of `spec`; reads nothing but the headers of a local student's weights, and a local
+    teacher's config.
 
-    `vocab_size` is the shared vocabulary's, where it is known: K is at most that.
+    Args:
+        vocab_size: the shared vocabulary's, where it is known: K is at most that.
+        teacher_hidden: D, where it is known.
     """
     tokens = spec.rollouts_per_step * spec.rollout.max_response_tokens
     return Plan(
         pools=_pools(spec),
         rollouts_a_step=spec.rollouts_per_step,
         response_tokens_a_step=tokens,
-        hops=_hops(spec, tokens, vocab_size),
+        hops=_hops(spec, tokens, vocab_size, teacher_hidden),
         weight_sync_bytes=_sync_bytes(spec),
     )
 
@@ -117,26 +124,51 @@ def _pools(spec: RunSpec) -> tuple[PoolDemand, ...]:
     return (*demands, PoolDemand("selector", 1, 0, 0))
 
 
-def _hops(spec: RunSpec, tokens: int, vocab_size: int | None) -> tuple[Hop, ...]:
-    k, retention = min(spec.support.k, vocab_size or spec.support.k), spec.selection.retention
+def _hops(
+    spec: RunSpec, tokens: int, vocab_size: int | None, teacher_hidden: int | None
+) -> tuple[Hop, ...]:
+    k = min(spec.support.k, vocab_size or spec.support.k)
     schemas = {
         "rollout -> teacher": rollouts_schema(k),
         "teacher -> selector": SCORES,
         "selector -> cut": KEEP,
-        "cut -> learner": selected_schema(spec.selected_width(k)),
+        "cut -> learner": _selected_schema(spec, k, teacher_hidden),
     }
-    hops = []
-    for name, schema in schemas.items():
-        shipped = bytes_a_token(schema, retention)
-        hops.append(Hop(name, shipped, bytes_a_token(schema), shipped * tokens))
-    return tuple(hops)
+    return tuple(
+        _hop(name, schema, spec.selection.retention, tokens) for name, schema in schemas.items()
+    )
+
+
+def _hop(name: str, schema: pa.Schema | None, retention: float, tokens: int) -> Hop:
+    if schema is None:
+        return Hop(name, None, None, None)
+    shipped = bytes_a_token(schema, retention)
+    return Hop(name, shipped, bytes_a_token(schema), shipped * tokens)
+
+
+def _selected_schema(spec: RunSpec, k: int, teacher_hidden: int | None) -> pa.Schema | None:
+    if spec.teacher.targets == "topk":
+        return selected_schema(spec.selected_width(k))
+    width = teacher_hidden or hidden_width(_directory(spec.teacher.model))
+    return None if width is None else selected_schema(width, "hidden")
+
+
+def _directory(model: str) -> Path:
+    """Where the checkpoint would lie, if it is local."""
+    known = model.removeprefix(demo.PREFIX) in demo.CHECKPOINTS and model.startswith(demo.PREFIX)
+    return demo.checkpoint_path(model) if known else Path(model)
+
+
+def hidden_width(directory: Path) -> int | None:
+    """D by a directory's config.json; None where it has none or does not say."""
+    file = directory / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    width = config.get("text_config", config).get("hidden_size")
+    return width if isinstance(width, int) else None
 
 
 def _sync_bytes(spec: RunSpec) -> int | None:
-    model = spec.student.model
-    known = model.removeprefix(demo.PREFIX) in demo.CHECKPOINTS and model.startswith(demo.PREFIX)
-    directory = demo.checkpoint_path(model) if known else Path(model)
-    parameters = count_parameters(directory)
+    parameters = count_parameters(_directory(spec.student.model))
     return None if parameters is None else parameters * _DTYPE_BYTES[spec.student.dtype]
 
 
