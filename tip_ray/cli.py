@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from tip_ray import __version__
 
 SIGINT_EXIT = 130
 USAGE_EXIT = 2
+LAST_PORT = 65_535
 
 
 class _Parser(argparse.ArgumentParser):
@@ -84,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_begin(commands)
     _add_look(commands)
     _add_student(commands)
+    _add_serve(commands)
     return parser
 
 
@@ -166,6 +169,22 @@ def _add_student(commands: _Commands) -> None:
     _add_run(export)
     _add_step(export, "default: the newest checkpoint")
     export.add_argument("--output", metavar="DIR", required=True, help="a new directory or a URL")
+
+
+def _add_serve(commands: _Commands) -> None:
+    serve = _command(commands, "serve", "serve:run", "a status API and web page of all runs")
+    serve.add_argument("--run-root", metavar="URL", required=True, help="where the runs are")
+    serve.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
+    serve.add_argument("--port", type=_port, default=8420, help="default: %(default)s; 0: any")
+    serve.add_argument(
+        "--token-file", metavar="F", help="default: a token of its own, which is printed"
+    )
+
+
+def _port(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > LAST_PORT:
+        raise argparse.ArgumentTypeError(f"found {text[:20]!r}, expected 0 to {LAST_PORT}")
+    return int(text)
 
 
 def _add_step(parser: argparse.ArgumentParser, text: str) -> None:

@@ -1,0 +1,65 @@
+"""`tip-ray serve`: the status API and the web page of all runs under a root."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import secrets
+import socket
+import sys
+from pathlib import Path
+
+from tip_ray.commands.begin import from_here
+from tip_ray.commands.output import warn, write
+from tip_ray.contract.errors import SpecError
+from tip_ray.service.api import make_app
+from tip_ray.service.api_guard import check_token
+from tip_ray.service.api_read import Runs
+from tip_ray.service.api_server import listen, serve
+
+_GUESSED_SOON = 16  # characters of a token
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve until SIGINT or SIGTERM."""
+    token = _token(options.token_file)
+    root = from_here(options.run_root)
+    found = Runs(root).listing()  # a root that cannot be read is told now
+    app = make_app(root, token)
+    with listen(options.host, options.port) as listening:
+        write(f"{_url(listening)}  {len(found.runs)} runs under {root}")
+        for line in found.broken:
+            warn(line)
+        if options.token_file is None:
+            write(f"token, until this ends: {token}")
+        if not _loopback(listening):
+            warn("the token and the runs travel in the clear: put a proxy with TLS in front")
+        sys.stdout.flush()
+        serve(app, listening)
+    return 0
+
+
+def _token(file: str | None) -> str:
+    if file is None:
+        return secrets.token_urlsafe(32)
+    try:
+        text = Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text"
+        raise SpecError("--token-file", f"{file} ({reason})", "a file with the token") from None
+    try:
+        token = check_token(text)
+    except SpecError as error:
+        raise SpecError("--token-file", f"{file} with {error.found}", error.expected) from None
+    if len(token) < _GUESSED_SOON:
+        warn(f"--token-file: a token of {len(token)} characters is soon guessed: make it longer")
+    return token
+
+
+def _url(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _loopback(listening: socket.socket) -> bool:
+    return ipaddress.ip_address(listening.getsockname()[0].partition("%")[0]).is_loopback

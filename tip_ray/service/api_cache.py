@@ -1,0 +1,85 @@
+"""What was read is kept as long as its file is the same one, within a bound on memory."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
+
+_ENTRIES = 20_000
+_ENTRY_BYTES = 1024  # of an entry whose value is small
+
+
+@dataclass
+class _Entry:
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    stamp: Hashable = None
+    value: Any = None
+    nbytes: int = 0
+
+
+class Cache:
+    """Values by key, each with the stamp of what it was made from. Safe to share by threads.
+
+    Beyond `max_bytes` the entries that were used longest ago go first.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+
+    def get(
+        self,
+        key: Hashable,
+        stamp: Hashable,
+        make: Callable[[Value | None], Value],
+        nbytes: Callable[[Value], int],
+    ) -> Value:
+        """The value of `stamp`; several threads that want it wait for one that makes it.
+
+        Args:
+            make: gets the value of an older stamp, if there is one; what it raises is not kept.
+        """
+        entry = self._entry(key)
+        with entry.lock:
+            if entry.stamp != stamp or entry.stamp is None:
+                value = make(entry.value)
+                self._keep(key, entry, stamp, value, nbytes(value))
+                return value
+            return entry.value
+
+    def peek(self, key: Hashable, stamp: Hashable) -> Any:
+        """The value of `stamp`, or None."""
+        with self._lock:
+            entry = self._entries.get(key)
+        if entry is None or stamp is None:
+            return None
+        with entry.lock:
+            return entry.value if entry.stamp == stamp else None
+
+    def put(self, key: Hashable, stamp: Hashable, value: Any, nbytes: int) -> None:
+        entry = self._entry(key)
+        with entry.lock:
+            self._keep(key, entry, stamp, value, nbytes)
+
+    def _entry(self, key: Hashable) -> _Entry:
+        with self._lock:
+            entry = self._entries.setdefault(key, _Entry())
+            self._entries.move_to_end(key)
+            return entry
+
+    def _keep(self, key: Hashable, entry: _Entry, stamp: Hashable, value: Any, nbytes: int) -> None:
+        with self._lock:
+            entry.stamp, entry.value = stamp, value
+            if self._entries.get(key) is entry:  # else it was dropped meanwhile
+                self._bytes += nbytes + _ENTRY_BYTES - entry.nbytes
+                entry.nbytes = nbytes + _ENTRY_BYTES
+            while self._bytes > self._max_bytes or len(self._entries) > _ENTRIES:
+                _, oldest = self._entries.popitem(last=False)
+                self._bytes -= oldest.nbytes
