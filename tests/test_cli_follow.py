@@ -56,7 +56,7 @@ def running(monkeypatch: pytest.MonkeyPatch, *statuses: dict[str, Any]) -> RunDi
         directory.write_status(made_status("a-run", **next(following)))
 
     go_on()
-    monkeypatch.setattr("tip_ray.commands.follow.time.sleep", go_on)
+    monkeypatch.setattr("tip_ray.service.client_run.time.sleep", go_on)
     return directory
 
 

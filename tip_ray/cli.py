@@ -112,6 +112,24 @@ def _add_begin(commands: _Commands) -> None:
     run.add_argument("--ray-address", metavar="ADDR", help="a cluster; default: one of its own")
     run.add_argument("--dry-run", action="store_true", help="validate, and start nothing")
 
+    submit = _command(
+        commands, "submit", "submit:submit", "the whole run, as a job of a Ray cluster"
+    )
+    _add_spec(submit)
+    submit.add_argument("--run-id", metavar="ID", help="default: NAME-YYMMDD-HHMMSS-4HEX")
+    submit.add_argument(
+        "--address",
+        metavar="URL",
+        help="the cluster's dashboard; default: $RAY_API_SERVER_ADDRESS, $RAY_ADDRESS, else "
+        "http://127.0.0.1:8265",
+    )
+    submit.add_argument(
+        "--token-file", metavar="F", help="the cluster's token; default: where Ray looks for it"
+    )
+    submit.add_argument(
+        "--wait", action="store_true", help="follow it to its end; exits with its exit code"
+    )
+
     validate = _command(
         commands, "validate", "begin:validate", "check a spec and show the plan; starts nothing"
     )
@@ -131,6 +149,7 @@ def _add_look(commands: _Commands) -> None:
 
     runs = _command(commands, "list", "look:list_all", "all runs, newest first")
     _add_run_root(runs)
+    _add_status_api(runs)
 
     metrics = _command(commands, "metrics", "look:metrics", "the numbers of every step")
     _add_run(metrics)
@@ -143,6 +162,7 @@ def _add_look(commands: _Commands) -> None:
     report = _command(commands, "report", "look:report", "an HTML page with plots")
     report.add_argument("run", nargs="+", metavar="RUN", help="one run, or several to compare")
     _add_run_root(report)
+    _add_status_api(report)
     report.add_argument("--output", metavar="PATH", help="default: report.html of the one run")
 
     logs = _command(commands, "logs", "follow:logs", "what the driver logged")
@@ -162,6 +182,7 @@ def _add_student(commands: _Commands) -> None:
     which = evaluate.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", metavar="PATH", help="a path, a hub id or any fsspec URL")
     which.add_argument("--run", metavar="RUN", help="a run's student: its export, or a checkpoint")
+    _add_status_api(evaluate)
     _add_step(evaluate, "default: the run's export, else its newest checkpoint")
     evaluate.add_argument("--json", action="store_true", help="every number, as JSON")
 
@@ -207,6 +228,12 @@ def _add_spec(parser: argparse.ArgumentParser) -> None:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run id, or a run directory's path or URL")
     _add_run_root(parser)
+    _add_status_api(parser)
+
+
+def _add_status_api(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", metavar="URL", help="a status API that has the run, as an id")
+    parser.add_argument("--token-file", metavar="F", help="the status API's token")
 
 
 def _add_run_root(parser: argparse.ArgumentParser) -> None:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 
 from rich.console import Console
 from rich.live import Live
 
-from tip_ray.commands.look import duration, resolve, status_rows, status_styles
-from tip_ray.commands.output import pairs_table, printable
-from tip_ray.contract.errors import NotFoundError, RunFailedError
-from tip_ray.contract.run_state import RunState, RunStatus
-from tip_ray.control.progress import TerminalProgress, percent
+from tip_ray.commands.look import status_rows, status_styles
+from tip_ray.commands.output import pairs_table, printable, warn
+from tip_ray.commands.reach import reach
+from tip_ray.contract.errors import NotFoundError
+from tip_ray.contract.run_state import ObservedStatus
+from tip_ray.control.progress import TerminalProgress, percent, result_lines
 from tip_ray.control.run_directory import REPORT
-from tip_ray.control.run_reader import RunReader
-
-POLL_S = 1.0
-FAILED_EXIT, CANCELLED_EXIT = 1, 130
+from tip_ray.service.client_run import DirectoryRun, Run, exit_code, follow
 
 
 def watch(options: argparse.Namespace) -> int:
@@ -27,24 +24,25 @@ def watch(options: argparse.Namespace) -> int:
     Raises:
         RunFailedError: its driver has been silent for so long that it is lost.
     """
-    reader = resolve(options)
+    return follow_to_end(reach(options))
+
+
+def follow_to_end(run: Run) -> int:
+    """Show what `run` does until it has ended; returns its exit code. Errors: as `watch`."""
     console = Console(highlight=False, soft_wrap=True)
-    ended = _follow_live(reader, console) if console.is_terminal else _follow(reader, console)
-    report = f"{reader.url}/{REPORT}" if reader.storage.exists(REPORT) else None
-    TerminalProgress(console).finish(ended, reader.url, report)
+    ended = _in_place(run, console) if console.is_terminal else _by_lines(run, console)
+    if isinstance(run, DirectoryRun):
+        report = f"{run.url}/{REPORT}" if run.storage.exists(REPORT) else None
+        TerminalProgress(console).finish(ended, run.url, report)
+    else:
+        for line in result_lines(ended, run.url, None):
+            console.print(line)
     return exit_code(ended)
 
 
-def exit_code(ended: RunStatus) -> int:
-    """Of the driver's process, as it wrote it down or as its last state tells."""
-    if ended.exit_code is not None:
-        return ended.exit_code
-    return {RunState.SUCCEEDED: 0, RunState.CANCELLED: CANCELLED_EXIT}.get(ended.state, FAILED_EXIT)
-
-
-def watch_line(found: RunStatus, now: float) -> str:
+def watch_line(found: ObservedStatus) -> str:
     """`RUNNING  step 7/40  loss 0.1234  kept 50.0%  accuracy 71.9%`."""
-    parts = [_state(found, now), f"step {found.step}/{found.steps}"]
+    parts = [_state(found), f"step {found.step}/{found.steps}"]
     if found.loss is not None:
         parts.append(f"loss {found.loss:.4f}")
         parts.append(f"kept {percent(found.kept_fraction)}")
@@ -55,53 +53,38 @@ def watch_line(found: RunStatus, now: float) -> str:
     return printable("  ".join(parts))
 
 
-def _state(found: RunStatus, now: float) -> str:
-    health = found.health_at(now)
-    return found.state.value if health in ("live", "ended") else f"{found.state.value}, {health}"
+def _state(found: ObservedStatus) -> str:
+    quiet = found.health in ("live", "ended")
+    return found.state.value if quiet else f"{found.state.value}, {found.health}"
 
 
-def _follow(reader: RunReader, console: Console) -> RunStatus:
+def _by_lines(run: Run, console: Console) -> ObservedStatus:
     """A line whenever something has changed."""
     last = ""
-    while True:
-        found, now = reader.read_status(), time.time()
-        if found.state.ended:
-            return found
-        line = watch_line(found, now)
-        if line != last:
+    for found in follow(run, notice=warn):
+        line = watch_line(found)
+        if line != last and not found.state.ended:
             console.print(line, markup=False)
             console.file.flush()  # a pipe would hold it back
         last = line
-        _refuse_lost(found, now)
-        time.sleep(POLL_S)
+    return found
 
 
-def _follow_live(reader: RunReader, console: Console) -> RunStatus:
+def _in_place(run: Run, console: Console) -> ObservedStatus:
     """The status in place, gone when the run has ended."""
     with Live(console=console, transient=True, auto_refresh=False) as live:
-        while True:
-            found, now = reader.read_status(), time.time()
-            if found.state.ended:
-                return found
-            rows = status_rows(found, reader.url, now)
-            live.update(pairs_table(rows, status_styles(found, now)), refresh=True)
-            _refuse_lost(found, now)
-            time.sleep(POLL_S)
-
-
-def _refuse_lost(found: RunStatus, now: float) -> None:
-    if found.health_at(now) == "lost":
-        silent = duration(now - found.heartbeat_at)
-        cure = f"start it again with --run-id {found.run_id} to go on from its checkpoint"
-        raise RunFailedError(f"{found.run_id}: no sign of life for {silent}; {cure}")
+        for found in follow(run, notice=warn):
+            rows = status_rows(found, run.url)
+            live.update(pairs_table(rows, status_styles(found)), refresh=True)
+    return found
 
 
 def logs(options: argparse.Namespace) -> int:
     """The driver's log, as far as it is written."""
-    reader = resolve(options)
+    run = reach(options)
     try:
-        text = reader.read_log()
+        text = run.read_log()
     except NotFoundError:
-        raise NotFoundError(f"{reader.run_id}: no log yet; see `tip-ray status`") from None
+        raise NotFoundError(f"{run.run_id}: no log yet; see `tip-ray status`") from None
     sys.stdout.write(printable(text))
     return 0

@@ -12,12 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from tip_ray.commands.begin import from_here
-from tip_ray.commands.output import printable, warn, write, write_pairs, write_table
-from tip_ray.contract.run_state import RunState, RunStatus, observe
-from tip_ray.control.progress import percent, shortest, size
-from tip_ray.control.run_directory import RunDirectory
-from tip_ray.control.run_reader import RunReader, default_run_roots, list_runs, resolve_run
+from tip_ray.commands.output import printable, write, write_pairs, write_table
+from tip_ray.commands.reach import reach, reach_all
+from tip_ray.contract.run_state import ObservedStatus, RunState
+from tip_ray.control.progress import duration, percent, shortest, size
 
 # The columns of `metrics` as a table, those that a narrow terminal shows first; csv and json have
 # them all.
@@ -42,23 +40,22 @@ _STATE_STYLES = {
 
 def status(options: argparse.Namespace) -> int:
     """One run's status, for people or as JSON."""
-    reader = resolve(options)
-    found, now = reader.read_status(), time.time()
+    run = reach(options)
+    found = run.read_status()
     if options.json:
-        observed = observe(found, now).model_dump(mode="json")
-        write(json.dumps({**observed, "directory": reader.url}, indent=2))
-        return 0
-    write_pairs(status_rows(found, reader.url, now), status_styles(found, now))
+        write(json.dumps({**found.model_dump(mode="json"), "directory": run.url}, indent=2))
+    else:
+        write_pairs(status_rows(found, run.url), status_styles(found))
     return 0
 
 
-def status_rows(found: RunStatus, directory: str, now: float) -> list[tuple[str, str]]:
+def status_rows(found: ObservedStatus, directory: str) -> list[tuple[str, str]]:
     """(what, value) of everything that is known."""
-    health = found.health_at(now)
-    state = found.state.value if health == "ended" else f"{found.state.value}, {health}"
-    if health in ("stale", "lost"):
-        state += f": no sign of life for {duration(now - found.heartbeat_at)}"
-    until = found.updated_at if health == "ended" else now
+    state = found.state.value if found.health == "ended" else f"{found.state.value}, {found.health}"
+    if found.health in ("stale", "lost"):
+        state += f": no sign of life for {duration(found.heartbeat_age_s)}"
+    seen_at = found.heartbeat_at + found.heartbeat_age_s
+    until = found.updated_at if found.health == "ended" else seen_at
     rows = [
         ("run", found.run_id),
         ("state", state),
@@ -81,30 +78,28 @@ def status_rows(found: RunStatus, directory: str, now: float) -> list[tuple[str,
     return rows + ([("error", found.error)] if found.error else [])
 
 
-def _accuracy(found: RunStatus) -> str:
+def _accuracy(found: ObservedStatus) -> str:
     if found.accuracy is None:
         return percent(None)
     return f"{percent(found.accuracy)} ({percent(found.initial_accuracy)} at first)"
 
 
-def status_styles(found: RunStatus, now: float) -> dict[str, str]:
+def status_styles(found: ObservedStatus) -> dict[str, str]:
     """Colours of `status_rows`."""
-    silent = found.health_at(now) in ("stale", "lost")
+    silent = found.health in ("stale", "lost")
     return {"state": "bold red" if silent else _STATE_STYLES.get(found.state, "bold")}
 
 
 def list_all(options: argparse.Namespace) -> int:
     """All runs under the root."""
-    roots = [from_here(options.run_root)] if options.run_root else default_run_roots()
-    runs = [run for root in roots for run in list_runs(root, warn)]
+    runs, where = reach_all(options)
     if not runs:
-        sys.stderr.write(f"no runs under {' or '.join(roots)}\n")
+        sys.stderr.write(f"no runs under {where}\n")
         return 0
-    now = time.time()
     rows = [
         (
             run.run_id,
-            run.state.value if run.state.ended else f"{run.state.value}, {run.health_at(now)}",
+            run.state.value if run.state.ended else f"{run.state.value}, {run.health}",
             f"{run.step}/{run.steps}",
             percent(run.accuracy),
             percent(run.kept_fraction),
@@ -118,7 +113,7 @@ def list_all(options: argparse.Namespace) -> int:
 
 def metrics(options: argparse.Namespace) -> int:
     """One row a step."""
-    table = resolve(options).read_metrics()
+    table = reach(options).read_metrics()
     if options.format == "csv":
         import pyarrow.csv
 
@@ -135,7 +130,7 @@ def metrics(options: argparse.Namespace) -> int:
 
 def samples(options: argparse.Namespace) -> int:
     """Rollouts with the tokens that the learner saw marked."""
-    table = resolve(options).read_samples(options.step)
+    table = reach(options).read_samples(options.step)
     console = Console(highlight=False)
     write("tokens that the learner saw stand [in brackets]")
     for row in table.to_pylist():
@@ -150,35 +145,19 @@ def report(options: argparse.Namespace) -> int:
     """A self-contained page; several runs are laid over each other."""
     from tip_ray.service.report import write_report
 
-    root = from_here(options.run_root) if options.run_root else None
-    readers = [resolve_run(run, root) for run in options.run]
-    write(shortest(write_report(readers, options.output)))
+    runs = [reach(options, run) for run in options.run]
+    write(shortest(write_report(runs, options.output)))
     return 0
 
 
 def cancel(options: argparse.Namespace) -> int:
     """Ask the driver to stop after its step."""
-    reader = resolve(options)
-    state = reader.read_status().state
-    if state.ended:
-        write(f"{reader.run_id}: has ended already: {state.value}")
-        return 0
-    RunDirectory(reader.storage, reader.run_id).request_cancel()
-    write(f"{reader.run_id}: will stop after its step and a checkpoint")
+    run = reach(options)
+    if run.cancel():
+        write(f"{run.run_id}: will stop after its step and a checkpoint")
+    else:
+        write(f"{run.run_id}: has ended already: {run.read_status().state.value}")
     return 0
-
-
-def duration(seconds: float) -> str:
-    """`2 h 05 min`, `3 min 07 s` or `12 s`."""
-    whole = max(0, int(seconds))
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
-
-
-def resolve(options: argparse.Namespace) -> RunReader:
-    """The run that RUN and --run-root name."""
-    return resolve_run(options.run, from_here(options.run_root) if options.run_root else None)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -12,8 +12,8 @@ from pathlib import Path
 import fsspec
 
 from tip_ray.commands.begin import load_spec_of
-from tip_ray.commands.look import resolve
 from tip_ray.commands.output import warn, write, write_table
+from tip_ray.commands.reach import reach_directory
 from tip_ray.contract.errors import SpecError
 from tip_ray.contract.run_state import EvaluationResult
 from tip_ray.contract.spec import RunSpec
@@ -40,7 +40,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     """A checkpoint as a Hugging Face directory, which must be new."""
-    reader = resolve(options)
+    reader = reach_directory(options)
     _refuse_used(options.output)
     step = _export(reader, options.step, options.output)
     write(f"{reader.run_id} after step {step}: {shortest(options.output)}")
@@ -60,7 +60,7 @@ def _model(options: argparse.Namespace) -> Iterator[tuple[str, int]]:
     if options.model is not None:
         yield options.model, 0
         return
-    reader = resolve(options)
+    reader = reach_directory(options)
     whole = f"{EXPORT}/config.json"
     if options.step is None and reader.storage.exists(whole):
         yield f"{reader.url}/{EXPORT}", reader.read_status().step

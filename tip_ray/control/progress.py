@@ -132,7 +132,12 @@ def evaluation_line(result: EvaluationResult) -> str:
 
 def summary(status: RunStatus, directory: str, report: str | None) -> list[str]:
     """The end of a run in lines of rich markup: result, files, and how to go on."""
-    run = escape(shortest(directory))
+    further = (f"  {line}" for line in _next_commands(status, escape(shortest(directory))))
+    return [*result_lines(status, directory, report), "", "go on with", *further]
+
+
+def result_lines(status: RunStatus, place: str, report: str | None) -> list[str]:
+    """The same without how to go on; `place` is the run's directory, or who answers for it."""
     ended = {RunState.SUCCEEDED: "green", RunState.CANCELLED: "yellow"}.get(status.state, "red")
     lines = ["", f"[bold {ended}]{status.state.value}[/] after step {status.step}/{status.steps}"]
     if status.error:
@@ -146,10 +151,10 @@ def summary(status: RunStatus, directory: str, report: str | None) -> list[str]:
             f"to learner {size(status.bytes_shipped)}, {share:.0%} of the "
             f"{size(status.bytes_unpruned)} without selection"
         )
-    lines.append(f"run        {run}")
+    lines.append(f"run        {escape(shortest(place))}")
     if report:
         lines.append(f"report     {escape(shortest(report))}")
-    return [*lines, "", "go on with", *(f"  {line}" for line in _next_commands(status, run))]
+    return lines
 
 
 def _next_commands(status: RunStatus, run: str) -> list[str]:
@@ -178,6 +183,14 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def duration(seconds: float) -> str:
+    """`2 h 05 min`, `3 min 07 s` or `12 s`."""
+    whole = max(0, int(seconds))
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
 
 
 def shortest(path: str) -> str:

@@ -69,15 +69,8 @@ class RunClient:
             SpecError: `address` is no http(s) address, or `run_root` is relative.
             AccessError: the token's file cannot be read.
         """
-        cure = "give the cluster's in --token-file (token_file=) or RAY_AUTH_TOKEN_PATH"
-        wire = Wire(
-            address,
-            ray_token(token_file),
-            what="the Ray cluster",
-            token_cure=cure,
-            timeout_s=timeout_s,
-        )
-        return cls(ClusterRuns(RayJobs(wire), cluster_run_root(run_root), notice), notice)
+        runs = cluster_runs(address, run_root, token_file, timeout_s=timeout_s, notice=notice)
+        return cls(runs, notice)
 
     @classmethod
     def http(
@@ -182,6 +175,21 @@ class RunClient:
 
     def _run(self, run_id: str) -> Run:
         return self._runs.run(check_run_id(run_id))
+
+
+def cluster_runs(
+    address: str,
+    run_root: str | None,
+    token_file: str | Path | None,
+    *,
+    timeout_s: float = TIMEOUT_S,
+    notice: Notice,
+) -> ClusterRuns:
+    """The runs of a cluster; errors as `RunClient.cluster`."""
+    token, what = ray_token(token_file), "the Ray cluster"
+    cure = "give the cluster's in --token-file (token_file=) or RAY_AUTH_TOKEN_PATH"
+    wire = Wire(address, token, what=what, token_cure=cure, timeout_s=timeout_s)
+    return ClusterRuns(RayJobs(wire), cluster_run_root(run_root), notice)
 
 
 def http_runs(

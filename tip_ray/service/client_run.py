@@ -17,6 +17,7 @@ from tip_ray.contract.run_state import (
     RunState,
     observe,
 )
+from tip_ray.control.progress import duration
 from tip_ray.control.run_directory import RunDirectory
 from tip_ray.control.run_reader import RunReader
 
@@ -155,6 +156,6 @@ class _Patience:
 def _refuse_lost(found: ObservedStatus) -> None:
     if found.health == "lost":
         raise RunFailedError(
-            f"{found.run_id}: no sign of life for {found.heartbeat_age_s:.0f} s; start it again "
-            f"with --run-id {found.run_id} to go on from its checkpoint"
+            f"{found.run_id}: no sign of life for {duration(found.heartbeat_age_s)}; start it "
+            f"again with --run-id {found.run_id} to go on from its checkpoint"
         )

@@ -17,6 +17,7 @@ from tip_ray.control.progress import percent, size
 from tip_ray.control.run_directory import REPORT
 from tip_ray.control.run_reader import RunReader
 from tip_ray.control.storage import Storage
+from tip_ray.service.client_run import Run
 from tip_ray.service.report_charts import (
     RUN_COLOURS,
     Curves,
@@ -47,19 +48,19 @@ _FACTS = {
 }
 
 
-def write_report(readers: Sequence[RunReader], output: str | None = None) -> str:
+def write_report(readers: Sequence[Run], output: str | None = None) -> str:
     """Write the page about the runs of `readers`; returns where it lies.
 
     Args:
         output: a path or fsspec URL; by default report.html in the directory of the one run, or
-            in the working directory for several.
+            in the working directory for several, and for one whose directory is out of reach.
 
     Raises:
         NotFoundError: a run has no status yet.
         RunDirectoryError: a file of a run is broken, or the page cannot be written.
     """
     page = render(readers).encode()
-    if output is None and len(readers) == 1:
+    if output is None and len(readers) == 1 and isinstance(readers[0], RunReader):
         readers[0].storage.write(REPORT, page)
         return f"{readers[0].url}/{REPORT}"
     directory, _, name = (output or REPORT).rpartition("/")
@@ -68,7 +69,7 @@ def write_report(readers: Sequence[RunReader], output: str | None = None) -> str
     return f"{storage.url}/{name}"
 
 
-def render(readers: Sequence[RunReader]) -> str:
+def render(readers: Sequence[Run]) -> str:
     """The page as HTML."""
     runs = [(reader, reader.read_status(), _curves(reader, i)) for i, reader in enumerate(readers)]
     figures: dict[str, Figure] = {}
@@ -89,17 +90,17 @@ def render(readers: Sequence[RunReader]) -> str:
     return _page(_title(readers), "\n".join(body), figures)
 
 
-def _title(readers: Sequence[RunReader]) -> str:
+def _title(readers: Sequence[Run]) -> str:
     return f"tip-ray: {readers[0].run_id if len(readers) == 1 else f'{len(readers)} runs'}"
 
 
-def _curves(reader: RunReader, index: int) -> Curves:
+def _curves(reader: Run, index: int) -> Curves:
     colour = RUN_COLOURS[index % len(RUN_COLOURS)]
     metrics = thinned(reader.read_metrics())
     return Curves(reader.run_id, colour, metrics, reader.read_evaluations())
 
 
-def _header(reader: RunReader, status: RunStatus, curves: Curves, wide: str) -> str:
+def _header(reader: Run, status: RunStatus, curves: Curves, wide: str) -> str:
     """A card with the run's result and the key facts of its spec."""
     saved = "-"
     if status.bytes_unpruned:
@@ -126,7 +127,7 @@ def _header(reader: RunReader, status: RunStatus, curves: Curves, wide: str) -> 
     return f'<div class="card{wide}">{head}{error}<div class="big">{big}</div><dl>{rows}</dl></div>'
 
 
-def _facts(reader: RunReader) -> list[tuple[str, str]]:
+def _facts(reader: Run) -> list[tuple[str, str]]:
     try:
         spec = reader.read_spec()
     except NotFoundError:
@@ -153,7 +154,7 @@ def _charts(
     return f'<div class="grid">{"".join(cards)}</div>'
 
 
-def _tokens(reader: RunReader, suffix: str) -> list[str]:
+def _tokens(reader: Run, suffix: str) -> list[str]:
     rows = chosen_rows(reader)
     if not rows:
         return []

@@ -7,14 +7,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from tip_ray.control.run_reader import RunReader
+from tip_ray.service.client_run import Run
 
 ROLLOUTS_A_STEP = 3
 MAX_TOKENS = 600  # of one rollout; the rest is counted
 _DEEPEST = 0.85  # opacity of the shade
 
 
-def chosen_rows(reader: RunReader) -> list[dict[str, Any]]:
+def chosen_rows(reader: Run) -> list[dict[str, Any]]:
     """A few rollouts of the first and of the newest step that has some."""
     steps = reader.sample_steps()
     rows: list[dict[str, Any]] = []
