@@ -23,10 +23,11 @@ function draw(lead, body, status, metrics) {
     h("b", { "data-field": "shipped" }, bytes(status.bytes_shipped)), " instead of ",
     h("b", { "data-field": "unpruned" }, bytes(status.bytes_unpruned)), " in all.");
   const rows = figures.hops.map((hop) => ({ ...hop, value: mean(metrics[hop.column] ?? []) }));
-  const widest = Math.max(...rows.map(({ value }) => value), 1);
-  fill(body, rows.map(({ label, value, unpruned, column }) =>
+  const widest = Math.max(...rows.filter(({ weights }) => !weights).map(({ value }) => value), 1);
+  fill(body, rows.map(({ label, value, unpruned, weights, column }) =>
     h("tr", { class: unpruned ? "unpruned" : "" },
       h("th", { scope: "row" }, label),
-      h("td", {}, style(h("span", { class: "hop" }), "--w", `${(100 * value) / widest}%`)),
+      h("td", {}, weights ? h("span", { class: "soft small aside" }, "the model itself, whatever is kept")
+        : style(h("span", { class: "hop" }), "--w", `${(100 * value) / widest}%`)),
       h("td", { class: "num", "data-hop": column }, bytes(value)))));
 }

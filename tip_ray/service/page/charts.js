@@ -16,7 +16,8 @@ const phone = matchMedia("(max-width: 640px)");
  * A chart's card.
  *
  * title, note: text.
- * lines: [{label, colour | "ink", dash, alone}]; in a stack, those with `alone` are drawn as lines over it.
+ * lines: [{label, short, colour | "ink", dash, alone}]; `short` is shown for `label`, and in a stack those with
+ *   `alone` are drawn as lines over it.
  * stack: "areas" | "bars" | undefined.
  * isPercent: fractions, shown as percentages.  isWhole: the y axis ends at 1.
  * group: charts of one group share the cursor.
@@ -175,10 +176,10 @@ export class Chart {
     this.values = this.lines.map((line) => h("b", { "data-value": line.label }));
     const items = this.lines.map((line, index) => {
       const kind = line.dash ? "dotted" : this.stack && !line.alone ? "" : "line";
-      const inside = [chip(line.colour === "ink" ? "var(--ink)" : line.colour, kind), h("span", {}, line.label), this.values[index]];
+      const inside = [chip(line.colour === "ink" ? "var(--ink)" : line.colour, kind), h("span", {}, line.short ?? line.label), this.values[index]];
       if (this.stack) return h("li", {}, h("span", { class: "key" }, inside));
       return h("li", {}, h("button", {
-        class: "key", type: "button", "aria-pressed": "true", title: "Show or hide",
+        class: "key", type: "button", "aria-pressed": "true", title: `Show or hide ${line.label}`,
         onclick: (event) => this.toggle(index, event.currentTarget),
       }, inside));
     });

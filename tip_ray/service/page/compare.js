@@ -46,9 +46,9 @@ export function showCompare(main, names, heard) {
     try {
       await feed.refresh();
       if (!specs.has(feed.run)) specs.set(feed.run, await api.spec(feed.run));
-      return null;
+      return feed.problems.length ? `${feed.run}: ${feed.problems.join("; ")}` : null;
     } catch (error) {
-      if (error.status === 401 || error.status === 0) throw error;
+      if (error.status === 401 || !error.status) throw error;
       return `${feed.run}: ${error.message}`;
     }
   }
@@ -60,7 +60,7 @@ export function showCompare(main, names, heard) {
     if (charts?.key !== key) {
       charts?.destroy();
       charts = { ...sharedCharts("compare", withSteps), key };
-      fill(grid, charts.elements);
+      fill(grid, charts.elements());
     }
     charts.update(withSteps);
   }

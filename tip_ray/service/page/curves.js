@@ -17,13 +17,14 @@ const SECOND = ["", "dash"];
 export function sharedCharts(group, runs) {
   const charts = figures.curves.map((curve) => {
     const chart = new Chart({
-      ...curve, group, isPercent: Boolean(curve.percent), isWhole: curve.id === "accuracy",
+      ...curve, group, note: noteOf(curve, runs), isPercent: Boolean(curve.percent), isWhole: curve.id === "accuracy",
       lines: curve.columns ? metricLines(curve, runs) : evaluationLines(runs),
     });
     return { curve, chart };
   });
   return {
-    elements: charts.map(({ chart }) => chart.element),
+    /** The cards of one part of a page, or all. */
+    elements: (part) => charts.filter(({ curve }) => part === undefined || (curve.part ?? "") === part).map(({ chart }) => chart.element),
     update(now) {
       for (const { curve, chart } of charts) {
         if (!curve.columns) chart.setLines(evaluationLines(now));
@@ -72,9 +73,16 @@ function metricLines(curve, runs) {
   return runs.flatMap(({ label, colour }) =>
     Object.values(curve.columns).map((what, index) => ({
       label: named(runs, label, what, Object.keys(curve.columns).length > 1),
+      short: runs.length > 1 ? (index ? "" : label) : what,
       colour,
       dash: SECOND[index],
     })));
+}
+
+/** Where runs are compared, the dashes are explained once. */
+function noteOf({ note, columns }, runs) {
+  const [solid, dashed] = Object.values(columns ?? {});
+  return runs.length > 1 && dashed ? `${note}. Solid: ${solid}, dashed: ${dashed}` : note;
 }
 
 function named(runs, label, what, several) {
@@ -100,7 +108,7 @@ function evaluationNames(run) {
 function evaluationLines(runs) {
   const lines = runs.flatMap((run) =>
     evaluationNames(run).map((name, index) => ({
-      label: named(runs, run.label, name, true), colour: run.colour, dash: SECOND[Math.min(index, 1)], points: true,
+      label: named(runs, run.label, name, evaluationNames(run).length > 1), colour: run.colour, dash: SECOND[Math.min(index, 1)], points: true,
     })));
   return lines.length ? lines : [{ label: "no evaluation yet", colour: "var(--soft)" }];
 }

@@ -83,22 +83,24 @@ function row(event) {
 
 function makeTable(place) {
   const text = (format, name = "") => (cell) => h("span", { class: name }, format(cell.getValue()));
+  const phone = matchMedia("(max-width: 640px)").matches;
   const table = new Tabulator(place, {
     layout: "fitColumns",
+    responsiveLayout: "hide",
     maxHeight: 360,
     placeholder: "Nothing yet",
     initialSort: [{ column: "time", dir: "desc" }],
     columns: [
-      { title: "Step", field: "step", width: 72, hozAlign: "right", formatter: text(String) },
+      { title: "Step", field: "step", width: phone ? 72 : 96, hozAlign: "right", formatter: text(String) },
       {
-        title: "Event", field: "kind", width: 176,
+        title: "Event", field: "kind", width: phone ? 128 : 190,
         formatter: (cell) => {
           const kind = cell.getData().sort;
           return h("span", { class: `event ${kind}` }, h("span", { "aria-label": kind, role: "img" }, SIGNS[kind]), " ", cell.getValue().replaceAll("_", " "));
         },
       },
-      { title: "What", field: "what", minWidth: 160, widthGrow: 3, formatter: text(String, "what"), variableHeight: true },
-      { title: "Time", field: "time", width: 190, formatter: text(moment), responsive: 1 },
+      { title: "What", field: "what", minWidth: 130, widthGrow: 3, formatter: text(String, "what"), variableHeight: true },
+      { title: "Time", field: "time", width: 168, formatter: text(moment), responsive: 1 },
     ],
   });
   table.built = new Promise((done) => table.on("tableBuilt", done));

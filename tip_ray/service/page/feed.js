@@ -16,6 +16,7 @@ export class Feed {
   reset() {
     this.metrics = { step: [] };
     this.events = [];
+    this.problems = []; // a line for each file of the run that cannot be read
   }
 
   /** Ask for the status and, where it has moved, for what is new. Returns whether it had. */
@@ -24,9 +25,14 @@ export class Feed {
     const before = this.status;
     this.status = status;
     const again = before && (status.epoch !== before.epoch || status.step < before.step || status.recoveries !== before.recoveries);
-    if (before && !again && status.updated_at === before.updated_at) return false;
+    const same = before && !again && status.updated_at === before.updated_at;
+    if (same && !this.problems.length) return false;
     if (again) this.reset(); // steps may have been made anew
-    await Promise.all([this.moreMetrics(), this.moreEvents()]);
+    const tried = await Promise.allSettled([this.moreMetrics(), this.moreEvents()]);
+    const failures = tried.filter(({ status: became }) => became === "rejected").map(({ reason }) => reason);
+    const fatal = failures.find((error) => error.status === 401 || !error.status);
+    if (fatal) throw fatal;
+    this.problems = failures.map((error) => error.message);
     return true;
   }
 

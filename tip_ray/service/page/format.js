@@ -17,6 +17,12 @@ export function number(value) {
   return String(Number(value.toPrecision(4)));
 }
 
+/** Of one token: `71.9%`, `0.012%`, `3e-9`; small ones keep two digits. */
+export function probability(value) {
+  if (!isNumber(value) || value >= 0.001 || value === 0) return percent(value);
+  return value >= 1e-7 ? `${Number((100 * value).toPrecision(2))}%` : value.toExponential(0);
+}
+
 /** `12,685`. */
 export function count(value) {
   return isNumber(value) ? Math.round(value).toLocaleString("en-US") : NONE;
@@ -54,10 +60,12 @@ export function age(seconds) {
   return `${Math.floor(s / 86400)} d`;
 }
 
-/** Seconds since 1970 as local date and time. */
+/** Seconds since 1970 as local day and time: `Nov 24, 15:13:38`. */
 export function moment(time) {
   if (!isNumber(time)) return NONE;
-  return new Date(1000 * time).toLocaleString([], { dateStyle: "medium", timeStyle: "medium" });
+  const date = new Date(1000 * time);
+  const day = date.toLocaleDateString("en-US", { month: "short", day: "numeric" });
+  return `${day}, ${date.toLocaleTimeString("en-GB")}`;
 }
 
 /** The share of the bytes that did not travel, or null before the first step. */

@@ -64,10 +64,12 @@ export class HeatMap {
       h("span", {}, "shade ", h("b", {}, "0"), this.ramp, this.scale));
   }
 
-  /** The newest step's rollouts, unless an earlier one is being looked at. */
+  /** The newest step's rollouts, unless an earlier one is being looked at; whether there are any. */
   async refresh() {
+    const asked = this.asked;
     const answer = await this.load(this.follow ? undefined : this.step);
-    this.take(answer);
+    if (answer.samples.length && asked === this.asked) this.take(answer);
+    return answer.samples.length > 0;
   }
 
   async slide(index) {

@@ -56,14 +56,14 @@ function facts(rollout) {
   ].join(" · ");
 }
 
-/** A break where words part, and the token. */
+/** The token between places where lines may, or do, break: inside it they would part its marks. */
 function token(rollout, index, shade, deep) {
   const own = Boolean(rollout.loss_mask[index]);
   const kept = Boolean(rollout.kept[index]);
   const classes = ["t", kept ? "kept" : "dropped", own ? "" : "foreign"].filter(Boolean).join(" ");
-  const element = h("span", { class: classes, "data-index": index, tabindex: index ? -1 : 0, role: "button" }, visible(rollout.text[index]));
+  const element = h("span", { class: classes, "data-index": index, tabindex: index ? -1 : 0, role: "button" }, visible(rollout.text[index], false));
   const value = rollout[shade][index];
   const share = own && deep > 0 && Number.isFinite(value) ? Math.min(1, Math.max(0, value) / deep) : 0;
   style(element, "--d", (DEEPEST * Math.sqrt(share)).toFixed(3));
-  return [h("wbr"), element];
+  return [h("wbr"), element, rollout.text[index].match(/\n*$/)[0]];
 }

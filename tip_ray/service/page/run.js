@@ -48,6 +48,7 @@ function layout(run) {
     detail: h("span", { class: "soft" }),
     told: h("p", { class: "notice", role: "status", hidden: true }),
     error: h("p", { class: "error card", role: "alert", hidden: true }),
+    problems: h("div", { role: "alert" }),
     progress: h("progress", { max: 1, value: 0, "aria-label": "Steps" }),
     steps: h("span", { class: "steps" }),
     left: h("span", { class: "soft" }),
@@ -67,17 +68,17 @@ function layout(run) {
   view.cancel = cancel.button;
   const { charts } = view.own;
   const parts = {
-    curves: ["Curves", h("div", { class: "grid charts" }, view.curves.elements)],
+    curves: ["Curves", h("div", { class: "grid charts" }, view.curves.elements(""))],
     rollouts: ["Rollouts", view.heatPlace],
-    tokens: ["Quadrants", h("div", { class: "grid charts" }, charts.quadrants.element, charts.frozen.element)],
-    time: ["Where the time goes", h("div", { class: "grid charts one" }, charts.stages.element)],
+    tokens: ["Quadrants", h("div", { class: "grid charts two" }, charts.quadrants.element, charts.frozen.element)],
+    time: ["Where the time goes", h("div", { class: "grid charts wide-first" }, charts.stages.element, view.curves.elements("time"))],
     bytes: ["Bytes", view.bytes.element],
     events: ["Faults and recoveries", view.events.element],
     spec: ["Spec, as resolved", view.spec],
   };
   view.element = h("div", { class: "run" },
     h("div", { class: "title" }, h("h1", {}, run), view.badge, view.detail, h("span", { class: "grow" }), view.cancel),
-    cancel.dialog, view.told, view.error,
+    cancel.dialog, view.told, view.error, view.problems,
     h("div", { class: "progress" }, view.progress, view.steps, view.left),
     view.tiles, view.troubles, jumps(parts),
     Object.entries(parts).map(([key, [title, content]]) => h("section", { id: `part-${key}`, tabindex: -1 }, h("h2", {}, title), content)));
@@ -96,7 +97,10 @@ function jumps(parts) {
     h("button", { type: "button", onclick: go(key) }, title)));
 }
 
-function drawHead(view, { status, metrics }) {
+function drawHead(view, { status, metrics, problems }) {
+  if (view.problems.childElementCount || problems.length) {
+    fill(view.problems, problems.map((line) => h("p", { class: "error card" }, line)));
+  }
   fill(view.badge, badge(status));
   say(view.detail, detail(status) || `started ${moment(status.started_at)}`);
   view.cancel.hidden = !isActive(status);
@@ -127,15 +131,13 @@ function drawBody(view, feed) {
 
 async function drawSamples(view) {
   try {
-    await view.heatmap.refresh();
+    const some = await view.heatmap.refresh();
+    if (some && !view.hasSamples) fill(view.heatPlace, view.heatmap.element);
+    view.hasSamples ||= some;
   } catch (error) {
-    if (error.status === 401) throw error;
-    const line = error.status === 404 ? "No rollouts yet." : error.message;
-    if (!view.hasSamples) fill(view.heatPlace, h("p", { class: "note" }, line));
-    return;
+    if (error.status === 401 || !error.status) throw error;
+    if (!view.hasSamples) fill(view.heatPlace, h("p", { class: "error card" }, error.message));
   }
-  if (!view.hasSamples) fill(view.heatPlace, view.heatmap.element);
-  view.hasSamples = true;
 }
 
 async function drawSpec(view, run) {
@@ -143,7 +145,7 @@ async function drawSpec(view, run) {
     fill(view.spec, specCards(await api.spec(run)));
     view.hasSpec = true;
   } catch (error) {
-    if (error.status === 401) throw error;
+    if (error.status === 401 || !error.status) throw error;
     fill(view.spec, h("p", { class: "error" }, error.message));
   }
 }

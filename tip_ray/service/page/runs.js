@@ -107,7 +107,7 @@ function numeric(a, b, _rowA, _rowB, _column, direction) {
 
 function makeTable(place, onTick) {
   const figure = (format) => (cell) => h("span", { class: "num", "data-label": cell.getColumn().getDefinition().title }, format(cell.getValue()));
-  const right = { hozAlign: "right", sorter: numeric, headerSortStartingDir: "desc" };
+  const right = { cssClass: "figure", hozAlign: "right", headerHozAlign: "right", sorter: numeric, headerSortStartingDir: "desc" };
   return new Tabulator(place, {
     index: "run_id",
     layout: "fitColumns",
@@ -118,12 +118,12 @@ function makeTable(place, onTick) {
       { title: "", field: "ticked", width: 44, headerSort: false, formatter: (cell) => tickBox(cell.getData().run_id, onTick), titleFormatter: () => h("span", { class: "hidden" }, "compare") },
       { title: "Run", field: "title", minWidth: 220, widthGrow: 3, formatter: name, sorter: "string" },
       { title: "State", field: "state", minWidth: 150, widthGrow: 2, formatter: state, sorter: "string" },
-      { title: "Steps", field: "progress", minWidth: 120, widthGrow: 1.5, formatter: progress, ...right, hozAlign: "left" },
-      { title: "Loss", field: "loss", width: 88, formatter: figure(number), ...right },
-      { title: "Accuracy", field: "accuracy", width: 104, formatter: figure(percent), ...right },
-      { title: "Kept", field: "kept", width: 80, formatter: figure(percent), ...right },
-      { title: "Bytes saved", field: "saved", width: 112, formatter: figure(percent), ...right },
-      { title: "Age", field: "age", width: 84, formatter: figure(String), ...right, sorter: (_a, _b, rowA, rowB) => rowB.getData().started - rowA.getData().started },
+      { title: "Steps", field: "progress", minWidth: 120, widthGrow: 1.5, formatter: progress, ...right, cssClass: "", hozAlign: "left", headerHozAlign: "left" },
+      { title: "Loss", field: "loss", width: 112, formatter: figure(number), ...right },
+      { title: "Accuracy", field: "accuracy", width: 122, formatter: figure(percent), ...right },
+      { title: "Kept", field: "kept", width: 92, formatter: figure(percent), ...right },
+      { title: "Saved", field: "saved", width: 104, formatter: figure(percent), ...right },
+      { title: "Age", field: "age", width: 92, formatter: figure(String), ...right, sorter: (_a, _b, rowA, rowB) => rowB.getData().started - rowA.getData().started },
       { title: "", field: "started", visible: false, sorter: "number" },
     ],
   });
@@ -149,7 +149,7 @@ function tickBox(id, onTick) {
 function name(cell) {
   const { run_id: id, status } = cell.getData();
   const link = h("a", { href: `#/runs/${id}`, class: "name", "data-key": `open-${id}` }, id);
-  return h("div", {}, link, h("div", { class: "soft small" }, status.error ? h("span", { class: "error" }, status.error) : status.name));
+  return h("div", {}, link, h("div", { class: "soft small" }, status.error ? h("span", { class: "error clamp" }, status.error) : status.name));
 }
 
 function state(cell) {

@@ -19,7 +19,7 @@ export function flat(value, path = "", found = new Map()) {
 export function specCards(spec) {
   const sections = Object.entries(spec).filter(([, value]) => value !== null && typeof value === "object");
   const single = Object.fromEntries(Object.entries(spec).filter(([, value]) => value === null || typeof value !== "object"));
-  return h("div", { class: "grid spec" }, section("run", single), sections.map(([name, value]) => section(name, value)));
+  return h("div", { class: "spec" }, section("run", single), sections.map(([name, value]) => section(name, value)));
 }
 
 function section(name, value) {

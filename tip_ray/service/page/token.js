@@ -1,7 +1,7 @@
 // The panel about one token: numbers, and what both models would have said in its place.
 
 import { fill, h, style } from "./dom.js";
-import { number, percent } from "./format.js";
+import { number, probability as share } from "./format.js";
 import { figures } from "./curves.js";
 import { shown } from "./visible.js";
 
@@ -58,7 +58,7 @@ function heading(rollout, index) {
     h("code", {}, shown(rollout.text[index])),
     h("span", { class: `fate ${kept}` }, fate(rollout, index)),
     h("span", { class: "soft" }, `token ${index + 1} of ${rollout.text.length}`),
-    quadrant ? h("span", { class: "soft quadrant" }, quadrant.label) : null);
+    h("span", { class: "soft quadrant" }, quadrant ? `${quadrant.label}; numbers in nats` : "numbers in nats"));
 }
 
 function scalars(rollout, index) {
@@ -67,14 +67,14 @@ function scalars(rollout, index) {
     "student entropy": rollout.student_entropy, "teacher entropy": rollout.teacher_entropy,
   };
   return h("dl", { class: "scalars" }, Object.entries(facts).map(([name, column]) =>
-    h("div", {}, h("dt", {}, name), h("dd", {}, `${number(column[index])} nats`))));
+    h("div", {}, h("dt", {}, name), h("dd", {}, number(column[index])))));
 }
 
 /** A model's top 5 with probabilities; the sampled token is marked, and added where it is not among them. */
 function top(rollout, index, model) {
   const ids = rollout[`${model}_top_ids`][index];
   const logprobs = rollout[`${model}_top_logprobs`][index];
-  const texts = rollout[`${model}_top_text`]?.[index];
+  const texts = rollout[`${model}_top_text`]?.[index]; // older runs have none
   const sampled = rollout.response_ids[index];
   const rows = ids
     .map((id, i) => ({ id, text: texts?.[i] ?? `#${id}`, probability: Math.exp(logprobs[i]) }))
@@ -93,5 +93,5 @@ function line({ text, probability, beyond }, chosen) {
   return h("tr", { class: [chosen ? "chosen" : "", beyond ? "beyond" : ""].join(" ").trim() },
     h("td", {}, h("code", {}, shown(text)), chosen ? h("span", { class: "mark", title: "the sampled token" }, " ◀") : null),
     h("td", {}, bar),
-    h("td", { class: "num" }, Number.isFinite(probability) ? percent(probability) : "–"));
+    h("td", { class: "num" }, share(probability)));
 }

@@ -7,8 +7,8 @@ const SIGNS = { " ": "␣", "\n": "↵", "\t": "⇥" };
 
 const code = (character) => `\\u${character.charCodeAt(0).toString(16).padStart(4, "0")}`;
 
-/** Nodes that show `text`; lines still break where it breaks them. */
-export function visible(text) {
+/** Nodes that show `text`; where it has breaks, lines break, unless they are left to who calls. */
+export function visible(text, breaks = true) {
   const nodes = [];
   let plain = "";
   const flush = () => {
@@ -21,9 +21,9 @@ export function visible(text) {
       continue;
     }
     flush();
-    if (character === " ") nodes.push(h("wbr"));
+    if (character === " " && breaks) nodes.push(h("wbr"));
     nodes.push(h("span", { class: "ws" }, SIGNS[character] ?? code(character)));
-    if (character === "\n") nodes.push("\n");
+    if (character === "\n" && breaks) nodes.push("\n");
   }
   flush();
   return nodes;
