@@ -28,6 +28,7 @@ from tip_ray.control.preflight import Preflight, preflight
 from tip_ray.control.progress import Progress
 from tip_ray.control.run_directory import RunDirectory, check_run_id, new_run_id
 from tip_ray.control.signals import stopped_by_signals
+from tip_ray.control.tracking import Tracking
 from tip_ray.control.train import train
 from tip_ray.runtime.cluster import connected, refuse_what_never_fits, release, reserve
 from tip_ray.runtime.tasks import beside
@@ -75,6 +76,7 @@ def run(
         progress,
         checked.tokenizer,
         spec.evaluation[0].name if spec.evaluation else None,
+        Tracking(spec, run_id, directory.url),
     )
     cluster = _entered_beating(
         journal, connected(ray_address, num_cpus=total_cpus(spec), namespace=run_id)

@@ -33,6 +33,7 @@ from tip_ray.control.progress import Progress
 from tip_ray.control.run_directory import RunDirectory
 from tip_ray.control.run_reader import RunReader
 from tip_ray.control.samples import with_text
+from tip_ray.control.tracking import Tracking
 
 PAUSES_S = (0.2, 0.5, 1.0, 2.0)  # before storage that failed is tried again
 Result = TypeVar("Result")
@@ -45,6 +46,7 @@ class Journal:
     Args:
         status: as it stands at the start; replaced, never changed in place.
         first_evaluation: name of the evaluation whose mean is the run's accuracy.
+        tracking: told of every step and evaluation; its failures become events.
     """
 
     def __init__(
@@ -54,10 +56,11 @@ class Journal:
         progress: Progress,
         tokenizer: PreTrainedTokenizerBase,
         first_evaluation: str | None,
+        tracking: Tracking | None = None,
     ) -> None:
         self.directory, self.status = directory, status
         self._progress, self._tokenizer = progress, tokenizer
-        self._first_evaluation = first_evaluation
+        self._first_evaluation, self._tracking = first_evaluation, tracking
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._pending: list[Future[Any]] = []
         self._replicas_lost = 0
@@ -124,6 +127,9 @@ class Journal:
             updates_skipped=status.updates_skipped + metrics.update_skipped,
         )
         self._progress.step(metrics, status.steps, self.status.accuracy)
+        if self._tracking is not None:
+            self._tracking.step(metrics)
+            self._note_trackers(self._tracking)
         await self._settle()
 
     async def evaluation(self, result: EvaluationResult) -> None:
@@ -135,6 +141,8 @@ class Journal:
                 changes["initial_accuracy"] = result.mean
             self._change(**changes)
         self._progress.evaluation(result)
+        if self._tracking is not None:
+            self._tracking.evaluation(result)
         await self._settle()
 
     def warn(self, kind: str, line: str) -> None:
@@ -147,6 +155,8 @@ class Journal:
         if step == self.status.step == 0 and self.status.epoch == 1:
             return
         self._submit(self.directory.forget_after, step)
+        if self._tracking is not None:
+            self._tracking.rewind(step)
         counted = await self._run(partial(_counted, RunReader(self.directory.url)))
         self._change(step=step, weight_version=step, **counted)
         await self._settle()
@@ -181,8 +191,19 @@ class Journal:
         if self.status.state.ended:
             return
         self._set_state(state, error=error, exit_code=exit_code)
+        if self._tracking is not None:
+            self._tracking.end(state)
+            self._note_trackers(self._tracking)
         self._writer.shutdown(wait=True)
         self._raise_failed()
+
+    def _note_trackers(self, tracking: Tracking) -> None:
+        for event in tracking.taken_events():
+            if event.kind == "tracker_failed":
+                self._progress.message(
+                    f"warning: {event.facts['tracker']}: {event.facts['reason']}"
+                )
+            self.event(event.kind, **event.facts)
 
     def _set_state(
         self,

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from tip_ray.compute.rules import find_rule
 from tip_ray.compute.scorers import scorer
 from tip_ray.contract.spec import EvaluationSpec, RunSpec
+from tip_ray.control.trackers import check_trackers
 from tip_ray.stages.models import load_tokenizer
 from tip_ray.stages.pair_checks import PairFacts, check_pair, describe_first_prompt
 from tip_ray.stages.prompts import PromptSource, evaluation_prompts
@@ -33,6 +34,7 @@ def preflight(spec: RunSpec) -> Preflight:
     Raises:
         UserError: one line with field, found, expected and cure.
     """
+    check_trackers(spec)
     find_rule(spec.selection.rule)
     for field, name in _scorers(spec).items():
         scorer(name, field)

@@ -148,7 +148,7 @@ def check_resume(old: RunSpec, new: RunSpec) -> None:
 
     Secrets are not compared: `old` comes from a run directory, where they are blanked.
     """
-    before, after = (dict(_flat(redacted(one.model_dump()), "")) for one in (old, new))
+    before, after = (dict(flat(redacted(one.model_dump()), "")) for one in (old, new))
     names = dict.fromkeys([*before, *after])
     changed = [
         name for name in names if before.get(name) != after.get(name) and not _may_differ(name)
@@ -167,11 +167,11 @@ def _may_differ(path: str) -> bool:
     return head in RESUMABLE
 
 
-def _flat(value: Any, path: str) -> Iterable[tuple[str, Any]]:
+def flat(value: Any, path: str) -> Iterable[tuple[str, Any]]:
     """(dotted path, leaf) of nested mappings; an empty mapping and a list are leaves."""
     if isinstance(value, Mapping) and value:
         for key, item in value.items():
-            yield from _flat(item, f"{path}.{key}" if path else str(key))
+            yield from flat(item, f"{path}.{key}" if path else str(key))
     else:
         yield path, value
 
