@@ -113,6 +113,22 @@ def made_step(
     return MadeStep(rollouts, scores, made_targets)
 
 
+def keep_of(rollouts: pa.Table, kept: dict[tables.Key, list[int]], ranks: int = 1) -> pa.Table:
+    """KEEP with some positions of some rows; row after row on another rank."""
+    rows = {key: row for row, key in enumerate(tables.keys(rollouts)) if key in kept}
+    order = list(rows.values())
+    columns: dict[str, Any] = {name: rollouts[name].take(order) for name in tables.KEY_COLUMNS}
+    masks = rollouts.column("loss_mask").to_pylist()
+    columns |= {
+        "kept": [kept[key] for key in rows],
+        "weight": [[0.5] * len(kept[key]) for key in rows],
+        "rank": [row % ranks if kept[key] else -1 for row, key in enumerate(rows)],
+        "quadrant": [masks[row] for row in rows.values()],
+        "shown": [0] * len(rows),
+    }
+    return tables.build(tables.KEEP, columns)
+
+
 def row_tokens(rollouts: pa.Table) -> dict[tables.Key, int]:
     """Prompt and response tokens by key."""
     return {

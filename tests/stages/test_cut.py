@@ -8,28 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tests.tables_made import MadeStep, made_step
+from tests.tables_made import keep_of, made_step
 from tip_ray.contract import tables
 from tip_ray.stages.cut import cut
 
 RESPONSE = 100
-
-
-def keep(made: MadeStep, kept: dict[tables.Key, list[int]], ranks: int = 1) -> pa.Table:
-    """KEEP with some positions of some rows; row after row on another rank."""
-    rows = {key: row for row, key in enumerate(tables.keys(made.rollouts)) if key in kept}
-    columns: dict[str, Any] = {
-        name: made.rollouts.column(name).take(list(rows.values())) for name in tables.KEY_COLUMNS
-    }
-    masks = made.rollouts.column("loss_mask").to_pylist()
-    columns |= {
-        "kept": [kept[key] for key in rows],
-        "weight": [[0.5] * len(kept[key]) for key in rows],
-        "rank": [row % ranks if kept[key] else -1 for row, key in enumerate(rows)],
-        "quadrant": [masks[row] for row in rows.values()],
-        "shown": [0] * len(rows),
-    }
-    return tables.build(tables.KEEP, columns)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +37,7 @@ def test_bytes_to_the_learner_follow_the_kept_tokens(
         earlier = np.random.default_rng(1).choice(RESPONSE - 1, count - 1, replace=False)
         positions = [*sorted(earlier.tolist()), RESPONSE - 1]  # the row is read to its end, as ever
         header, _, selected = cut(
-            1, keep(made, {key: positions}), made.scores, made.targets, made.rollouts
+            1, keep_of(made.rollouts, {key: positions}), made.scores, made.targets, made.rollouts
         )
         name = "teacher_hidden" if targets == "hidden" else "teacher_logprobs"
         assert tables.column(selected, name).shape == (len(positions), width)
@@ -72,9 +55,9 @@ def test_rows_that_nobody_decided_on_are_left_out(targets: tables.Targets) -> No
     made = made_step(np.random.default_rng(2), rows=9, targets=targets)
     keys = tables.keys(made.rollouts)
     kept = {key: [0] for key in keys}
-    _, _, *whole = cut(2, keep(made, kept, 2), made.scores, made.targets, made.rollouts)
+    _, _, *whole = cut(2, keep_of(made.rollouts, kept, 2), made.scores, made.targets, made.rollouts)
     some = {key: [0] for row, key in enumerate(keys) if row % 4 in (0, 1)}
-    _, _, *fewer = cut(2, keep(made, some, 1), made.scores, made.targets, made.rollouts)
+    _, _, *fewer = cut(2, keep_of(made.rollouts, some, 1), made.scores, made.targets, made.rollouts)
     assert fewer[1].num_rows == 0
     expected = {key: row for part in whole for key, row in keyed(part).items()}
     assert keyed(fewer[0]) == {key: expected[key] for key in some}
