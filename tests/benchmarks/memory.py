@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -36,10 +37,19 @@ def in_fresh_process(function: Callable[..., T], *args: Any) -> T:
         return pool.submit(function, *args).result()
 
 
-def available_bytes() -> int:
-    """What the machine could still give without swapping."""
+def fits(need_bytes: int, patience_s: float = 300.0) -> bool:
+    """Whether the machine can give that much without swapping; others may yet give theirs back."""
+    deadline = time.monotonic() + patience_s
+    while need_bytes > _meminfo_bytes("MemAvailable"):
+        if need_bytes > _meminfo_bytes("MemTotal") or time.monotonic() > deadline:
+            return False
+        time.sleep(1)
+    return True
+
+
+def _meminfo_bytes(field: str) -> int:
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def _status_bytes(field: str) -> int:
