@@ -13,6 +13,7 @@ from typing import Any
 from tip_ray.contract.errors import NotFoundError, SpecError
 from tip_ray.contract.run_state import RunState
 from tip_ray.contract.spec import RunSpec
+from tip_ray.contract.spec_check import parse_spec
 from tip_ray.control.run_directory import SPEC
 from tip_ray.control.run_reader import RunReader
 from tip_ray.control.spec_file import check_resume, dump_spec, load_spec, redacted
@@ -34,7 +35,7 @@ def submit_run(jobs: RayJobs, run_root: str, spec: RunSpec, run_id: str, notice:
             run that is to be resumed in more than a resume may change. Nothing was sent.
         UnreachableError, AccessError, RunFailedError: as `RayJobs.submit`.
     """
-    spec = spec.model_copy(update={"run_root": run_root})
+    spec = parse_spec({**spec.model_dump(), "run_root": run_root})  # what the cluster will read
     check_travels(spec)
     name, content = package(spec)
     reader = RunReader(f"{run_root}/{run_id}")
