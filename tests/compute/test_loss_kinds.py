@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.compute.loss_made import F64, NEG_INF, Problem, assert_same
-from tip_ray.compute.divergence import token_divergence
+from tip_ray.compute.divergence import tail_logprob, token_divergence
 from tip_ray.compute.loss import kept_loss, kept_loss_with_stats
 from tip_ray.contract.errors import SpecError
 
@@ -86,6 +86,20 @@ def test_teacher_equal_to_student_gives_zero(kind, dtype, tolerance):
     assert abs(loss.item()) < tolerance
     for grad in problem.grads(loss):
         assert grad.abs().max() < tolerance
+
+
+@kinds
+def test_a_tail_below_its_floor_is_a_constant_on_both_sides(kind):
+    problem = Problem(5, n=60, v=7, k=5)
+    tails = (
+        tail_logprob((problem.hidden @ problem.head.T).log_softmax(-1), problem.ids),
+        problem.tail,
+    )
+    below = torch.stack([tail < -2.0 for tail in tails])
+    assert {tuple(pair) for pair in below.T.tolist()} == set(product((False, True), repeat=2))
+    assert_same(
+        problem, problem.loss(tail_floor_nats=-2.0, **kind), problem.reference(-2.0, **kind)
+    )
 
 
 @kinds
