@@ -46,14 +46,18 @@ CHUNK_ROWS = 512
 
 
 def main() -> int:
-    options = real_rows.parser(__doc__.splitlines()[0]).parse_args()
+    parser = real_rows.parser(__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=8, help="of a step of SmolLM2's")
+    options = parser.parse_args()
     here = {"learner.replicas": 1, "learner.num_cpus": 2, "teacher.num_cpus": 2}
     here["rollout.num_cpus"] = 2
     specs = {"carry": load_spec(real_rows.SPECS / "quickstart.yaml", here)}
     if gone := real_rows.absent(options):
         print(f"recorded: SmolLM2 left out, there is no {gone}; see this file")  # noqa: T201
     else:
-        specs["SmolLM2"] = real_rows.smollm2_spec(options, here)
+        specs["SmolLM2"] = real_rows.smollm2_spec(
+            options, here | {"prompts.prompts_per_step": options.prompts}
+        )
     figures = [one for name, spec in specs.items() for one in measure(name, spec)]
     write_json(options.output, "recorded", figures)
     print_table([_row(one) for one in figures])

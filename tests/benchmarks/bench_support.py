@@ -1,8 +1,9 @@
 """How well scores on the student's top K ids stand in for exact ones over the whole vocabulary.
 
 SmolLM2 answers GSM8K problems at temperature 1, as a student near its teacher (the teacher's own
-weights with a little relative noise) and as the raw 18-layer cut. Both models read those answers in
-float32. Exact: divergences over all ids, in float64. Top K: what the stages record, at several K.
+weights with a little relative noise) and as the raw 18-layer cut. Student and teacher read those
+answers in float32. Exact: divergences over all ids, in float64. Top K: what the stages record, at
+several K.
 
     python -m tip_ray.demo.smollm2 --output models/smollm2
     python -m tests.benchmarks.bench_support --problems DIR --output outputs/bench
@@ -60,7 +61,7 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = real_rows.parser(__doc__.splitlines()[0])
     parser.add_argument("--noise", type=float, nargs="*", default=[0.03])
-    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--response-tokens", type=int, default=128)
     parser.add_argument("--k", type=int, nargs="+", default=[8, 16, 32, 64, 128, 512])
     return parser.parse_args()
@@ -83,8 +84,6 @@ def measure(name: str, student: Path, options: argparse.Namespace) -> list[dict[
     """One record a K for one student."""
     overrides = {
         "student.model": str(student),
-        "student.dtype": "float32",
-        "rollout.engine": "transformers",
         "prompts.prompts_per_step": options.prompts,
         "rollout.max_response_tokens": options.response_tokens,
         "support.k": max(options.k),
@@ -155,29 +154,29 @@ def score(spec: RunSpec, table: Any, ks: list[int]) -> dict[str, Any]:
 def _chunk(
     student_NV: Tensor, teacher_NV: Tensor, ks: list[int], floor_nats: float
 ) -> dict[str, Tensor]:
-    exact = token_divergence(student_NV.double(), teacher_NV.double())
+    exact = token_divergence(student_NV.double(), teacher_NV.double(), beta=1.0)
     found = {
         "entropy": exact.entropy,
         "reverse_kl exact": exact.reverse_kl,
         "forward_kl exact": exact.forward_kl,
     }
-    vocab_size = student_NV.shape[1]
-    widest = row_statistics(student_NV, max(ks), vocab_size)
-    student_NV = student_NV - widest.log_normalizer_N[:, None]
+    widest = row_statistics(student_NV, max(ks), student_NV.shape[1])
     teacher_NV = teacher_NV.log_softmax(-1)
+    on_teacher_NK = teacher_NV.gather(1, widest.topk_ids_NK)
+    teacher_tail_N = tail_logprob(teacher_NV, widest.topk_ids_NK)
     for k in ks:
-        ids_NK = widest.topk_ids_NK[:, :k]
-        tails = [tail_logprob(side_NV, ids_NK) for side_NV in (student_NV, teacher_NV)]
-        reverse_N, forward_N = support_divergence(
-            widest.topk_logprobs_NK[:, :k],
-            tails[0],
-            teacher_NV.gather(1, ids_NK),
-            tails[1],
-            floor_nats,
-        )
+        student = _narrower(widest.topk_logprobs_NK, widest.tail_logprob_N, k)
+        teacher = _narrower(on_teacher_NK, teacher_tail_N, k)
+        reverse_N, forward_N = support_divergence(*student, *teacher, floor_nats)
         found |= {f"reverse_kl {k}": reverse_N, f"forward_kl {k}": forward_N}
-        found |= {f"student outside {k}": tails[0], f"teacher outside {k}": tails[1]}
+        found |= {f"student outside {k}": student[1], f"teacher outside {k}": teacher[1]}
     return found
+
+
+def _narrower(logprobs_NK: Tensor, tail_N: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The first `k` ids of a support, the others moved into its tail."""
+    outside_NJ = torch.cat([logprobs_NK[:, k:], tail_N[:, None]], dim=1)
+    return logprobs_NK[:, :k], outside_NJ.logsumexp(-1)
 
 
 def _row(one: dict[str, Any]) -> dict[str, Any]:
