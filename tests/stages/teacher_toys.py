@@ -163,6 +163,19 @@ def check_against_dense(table: pa.Table, k: int, teacher: str, scores: Any, targ
         assert row_values(scores, "loss_mask", row).tolist() == given["loss_mask"]
 
 
+def dense_hidden(path: str, prompt: list[int], response: list[int]) -> torch.Tensor:
+    """[m, D] float64 states after the final norm that predict the response, one row at a time."""
+    with torch.no_grad():
+        hidden_LD = reference(path).base_model(torch.tensor([prompt + response]))[0][0]
+    return hidden_LD[len(prompt) - 1 : len(prompt) + len(response) - 1]
+
+
+def assert_rounded(bits_ND: np.ndarray, exact_ND: torch.Tensor, close: float = 1e-5) -> None:
+    """Bits of bfloat16, of what lies `close` to `exact_ND`, rounded to the nearest."""
+    found_ND = torch.tensor(bits_ND).view(torch.bfloat16).double()
+    assert ((found_ND - exact_ND).abs() <= 2**-8 * exact_ND.abs() + 1.01 * close).all()
+
+
 def assert_same(ours: tuple[Any, ...], theirs: tuple[Any, ...]) -> None:
     """Every column of SCORES and of TARGETS, with the same rows in the same order."""
     for one, other in zip(ours[1:], theirs[1:], strict=True):

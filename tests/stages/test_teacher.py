@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.stages.teacher_toys import (
     FLOOR,
@@ -18,7 +19,9 @@ from tests.stages.teacher_toys import (
     TEACHER_ROWS,
     V,
     actor,
+    assert_rounded,
     check_against_dense,
+    dense_hidden,
     dense_logprobs,
     kl,
     outside,
@@ -149,6 +152,65 @@ def test_teacher_support_is_its_own_top_k(pairs: dict[str, tuple[str, str]]) -> 
         np.testing.assert_allclose(got, values_NK, atol=3e-5)
         got = row_values(targets, "teacher_tail_logprob", row)
         np.testing.assert_allclose(got, tail_N, atol=3e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_hidden_targets_are_the_states_of_transformers_in_bfloat16(
+    shape: str, pairs: dict[str, tuple[str, str]]
+) -> None:
+    student, teacher = pairs[shape]
+    table = rollouts(student, 4, own_prompts=True)
+    one = actor(teacher, source="union", targets="hidden")
+    header, scores, targets = one.score(table.slice(0, 3), table.slice(3))
+    expected_header, expected_scores, topk = actor(teacher).score(table)
+    assert scores.equals(expected_scores)  # of the states as they were
+    assert header.teacher_mass_sum == expected_header.teacher_mass_sum
+    assert targets.schema == tables.targets_schema(32, "hidden")
+    for name in ("teacher_sampled_logprob", "teacher_top_ids", "teacher_top_logprobs"):
+        assert targets.column(name).equals(topk.column(name))
+    for row, given in enumerate(table.to_pylist()):
+        prompt = given["teacher_prompt_ids"] or given["prompt_ids"]
+        exact_ND = dense_hidden(teacher, prompt, given["response_ids"])
+        assert_rounded(row_values(targets, "teacher_hidden", row), exact_ND)
+
+
+def test_hidden_states_of_a_bfloat16_teacher_travel_as_they_are(
+    pairs: dict[str, tuple[str, str]],
+) -> None:
+    student, path = pairs["llama"]
+    table = rollouts(student, 4)
+    one = actor(path, targets="hidden", dtype="bfloat16", max_batch_tokens=1)
+    _, _, targets = one.score(table)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    for row, given in enumerate(table.to_pylist()):
+        ids = given["prompt_ids"] + given["response_ids"]
+        with torch.no_grad():
+            hidden_LD = model.base_model(torch.tensor([ids[:-1]]))[0][0]
+        own_ND = hidden_LD[len(given["prompt_ids"]) - 1 :][: len(given["response_ids"])]
+        found = torch.tensor(row_values(targets, "teacher_hidden", row)).view(torch.bfloat16)
+        assert torch.equal(found, own_ND)
+
+
+def test_a_state_beyond_bfloat16_is_quarantined(
+    pairs: dict[str, tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, path = pairs["qwen3"]
+    table = rollouts(student, 4)
+    one = actor(path, targets="hidden", max_batch_tokens=4096)
+    one._head_VD = one._head_VD.clone()
+    one._head_VD[:, 0] = 0.0  # nothing but the target itself shows it
+    read = one._trunk.hidden_states
+
+    def large(rows: Sequence[Row]) -> HiddenStates:
+        for places, hidden_ND in read(rows):
+            hidden_ND[-1, 0] = torch.finfo(torch.float32).max
+            yield places, hidden_ND
+
+    monkeypatch.setattr(one._trunk, "hidden_states", large)
+    header, scores, targets = one.score(table)
+    assert len(header.quarantined) == 1
+    assert "not finite" in header.quarantined[0].reason
+    assert scores.num_rows == targets.num_rows == table.num_rows - 1
 
 
 @pytest.mark.parametrize("k", [3, V])

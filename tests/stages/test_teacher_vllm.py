@@ -12,7 +12,17 @@ import pyarrow as pa
 import pytest
 import torch
 
-from tests.stages.teacher_toys import FLOOR, VLLM_LLAMA, V, assert_same, rollouts
+from tests.stages.teacher_toys import (
+    CLOSE_NATS,
+    FLOOR,
+    VLLM_LLAMA,
+    V,
+    assert_rounded,
+    assert_same,
+    dense_hidden,
+    rollouts,
+    row_values,
+)
 from tests.stages.toys import save_model
 from tip_ray import demo
 from tip_ray.contract import tables
@@ -134,8 +144,14 @@ def test_equals_the_transformers_trunk_on_the_carry_teacher() -> None:
         expected = reference.score(table)
     with teacher(path, **settings) as ours:
         found = ours.score(table)
+        ours._spec = ours._spec.model_copy(update={"targets": "hidden"})
+        _, scores, targets = ours.score(table)
     assert_same(found, expected)
     assert tables.column(found[1], "reverse_kl").max() > 1  # there was something to get wrong
+    assert scores.equals(found[1])
+    for row, given in enumerate(table.to_pylist()):
+        exact_ND = dense_hidden(path, given["prompt_ids"], given["response_ids"])
+        assert_rounded(row_values(targets, "teacher_hidden", row), exact_ND, CLOSE_NATS)
 
 
 def test_bfloat16_teacher_is_near_its_float32_self() -> None:
