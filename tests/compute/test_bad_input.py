@@ -111,6 +111,18 @@ def test_what_does_not_fit_says_which(change, says):
     assert one_line(caught)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_gradient_flows_through_a_score(kind):
+    values = named(kind)
+    scores = {name: one.detach().clone() for name, one in values.items() if "logprob" in name}
+    scores["weight_N"] = values["weight_N"].detach().clone()
+    for one in scores.values():
+        one.requires_grad_()
+    kept_loss(**(values | scores), kind=kind).backward()
+    assert all(one.grad is None for one in scores.values())
+    assert values["hidden_ND"].grad.any()
+
+
 def test_any_whole_numbers_do_as_ids():
     values = named("jsd")
     plain = kept_loss(**values, kind="jsd")
