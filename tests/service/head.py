@@ -33,6 +33,7 @@ class Head:
     """The head's processes, its address and its token."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         token = secrets.token_hex(16)
         self.token_file, self.wrong_token_file = folder / "token", folder / "wrong"
         self.token_file.write_text(f"{token}\n")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,15 @@ from tip_ray.service.client_token import ray_token, read_token
 
 
 class Jobs:
-    """A cluster that starts nothing."""
+    """A cluster that starts nothing; what was known of a job is out of date the next time."""
 
     def __init__(self, *known: Job) -> None:
         self.known, self.sent = list(known), []
+        self.later: dict[str, Any] = {}
 
     def all(self) -> list[Job]:
-        return self.known
+        known, self.known = self.known, [replace(one, **self.later) for one in self.known]
+        return known
 
     def submit(self, job_id: str, entrypoint: str, files: tuple[str, bytes], metadata: Any) -> None:
         self.sent.append((job_id, entrypoint, files, metadata))
@@ -111,6 +114,15 @@ def test_a_run_that_ended_otherwise_gets_a_new_attempt(tmp_path: Path, state: Ru
     assert [sent[0] for sent in jobs.sent] == ["a-run-a3"]
     with pytest.raises(SpecError, match=r"seed: found 1, expected 0 as the run was begun"):
         submitted(tmp_path, job("FAILED"), seed=1)
+
+
+def test_a_driver_that_still_clears_up_is_waited_for(tmp_path: Path) -> None:
+    ended = made_status("a-run", state=RunState.CANCELLED, job_id="a-run-a1")
+    made_run(tmp_path, "a-run", steps=40).write_status(ended)
+    jobs = Jobs(job("RUNNING"))
+    jobs.later = {"state": "FAILED"}
+    submit_run(jobs, str(tmp_path), quickstart(), "a-run", pytest.fail)  # type: ignore[arg-type]
+    assert [sent[0] for sent in jobs.sent] == ["a-run-a2"]
 
 
 def test_a_run_root_is_absolute(monkeypatch: pytest.MonkeyPatch) -> None:

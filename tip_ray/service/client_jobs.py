@@ -17,6 +17,7 @@ JobState = Literal["PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED"]
 _ENDS = ("STOPPED", "SUCCEEDED", "FAILED")
 _RUN_ID = "--run-id"
 _PAUSE_S = 1.0
+_ACCEPT_S = 120.0  # from the dashboard's first answer to its first agent, on a slow head
 _ABSENT = 404
 
 
@@ -126,7 +127,7 @@ class RayJobs:
         Args:
             done: a job that is there once an earlier try, whose answer was lost, was accepted.
         """
-        deadline = time.monotonic() + self._wire.timeout_s
+        deadline = time.monotonic() + max(_ACCEPT_S, self._wire.timeout_s)
         while True:
             try:
                 answer = self._wire.send(method, path, repeat=False, **body)

@@ -6,12 +6,13 @@ import hashlib
 import io
 import os
 import shlex
+import time
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from tip_ray.contract.errors import NotFoundError, SpecError
-from tip_ray.contract.run_state import RunState
+from tip_ray.contract.errors import NotFoundError, NotInTimeError, SpecError
+from tip_ray.contract.run_state import RunState, RunStatus
 from tip_ray.contract.spec import RunSpec
 from tip_ray.contract.spec_check import parse_spec
 from tip_ray.control.run_directory import SPEC
@@ -22,6 +23,8 @@ from tip_ray.service.client_run import Notice
 
 _WHEN = (1980, 1, 1, 0, 0, 0)  # the same spec makes the same archive
 _DIGEST = "spec_sha256"
+_END_S = 120.0  # from a driver's last word to the end of its process
+_LOOK_EVERY_S = 0.5
 
 
 def submit_run(jobs: RayJobs, run_root: str, spec: RunSpec, run_id: str, notice: Notice) -> None:
@@ -33,19 +36,25 @@ def submit_run(jobs: RayJobs, run_root: str, spec: RunSpec, run_id: str, notice:
     Raises:
         SpecError: a secret or a path of this machine in the spec; or it differs from that of the
             run that is to be resumed in more than a resume may change. Nothing was sent.
+        NotInTimeError: the driver before has ended the run, but its process does not end.
         UnreachableError, AccessError, RunFailedError: as `RayJobs.submit`.
     """
     spec = parse_spec({**spec.model_dump(), "run_root": run_root})  # what the cluster will read
     check_travels(spec)
     name, content = package(spec)
+    known = jobs.all()
     reader = RunReader(f"{run_root}/{run_id}")
-    driving = newest_job(jobs.all(), run_id)
-    if driving is not None and not driving.ended:
+    status = _status(reader)
+    driving = newest_job(known, run_id, None if status is None else status.job_id)
+    if driving is not None and not driving.ended and not _has_spoken(driving, status):
         notice(_driven(run_id, driving, name))
         return
-    if _has_succeeded(reader, spec):
+    if reader.exists():
+        check_resume(load_spec(f"{reader.url}/{SPEC}"), spec)
+    if status is not None and status.state is RunState.SUCCEEDED:
         notice(f"{run_id} has succeeded before; nothing to do")
         return
+    _await_end(jobs, driving)
     attempt = 1 + max((job.attempt for job in jobs.all() if job.run_id == run_id), default=0)
     words = ["tip-ray", "run", SPEC, "--run-id", run_id, "--run-root", run_root]
     metadata = {"name": spec.name, "steps": str(spec.steps), _DIGEST: name}
@@ -81,15 +90,27 @@ def package(spec: RunSpec) -> tuple[str, bytes]:
     return f"_ray_pkg_{hashlib.sha256(content).hexdigest()[:40]}.zip", content
 
 
-def _has_succeeded(reader: RunReader, spec: RunSpec) -> bool:
-    """Whether there is nothing left to do; raises SpecError if the run cannot go on with `spec`."""
-    if not reader.exists():
-        return False
-    check_resume(load_spec(f"{reader.url}/{SPEC}"), spec)
+def _status(reader: RunReader) -> RunStatus | None:
     try:
-        return reader.read_status().state is RunState.SUCCEEDED
+        return reader.read_status()
     except NotFoundError:
-        return False
+        return None
+
+
+def _has_spoken(job: Job, status: RunStatus | None) -> bool:
+    """Whether a driver has written its last word, though its process may still clear up."""
+    return status is not None and status.state.ended and status.job_id == job.submission_id
+
+
+def _await_end(jobs: RayJobs, job: Job | None) -> None:
+    """Until the process of a driver that has written its last word is gone."""
+    deadline = time.monotonic() + _END_S
+    while job is not None and not job.ended:
+        if time.monotonic() > deadline:
+            cure = f"stop it with `ray job stop {job.submission_id}`"
+            raise NotInTimeError(f"job {job.submission_id} has not ended in {_END_S:g} s; {cure}")
+        time.sleep(_LOOK_EVERY_S)
+        job = next((one for one in jobs.all() if one.submission_id == job.submission_id), None)
 
 
 def _driven(run_id: str, job: Job, name: str) -> str:
