@@ -15,7 +15,7 @@ from tip_ray.contract.errors import SpecError
 from tip_ray.service.api import make_app
 from tip_ray.service.api_guard import check_token
 from tip_ray.service.api_read import Runs
-from tip_ray.service.api_server import listen, serve
+from tip_ray.service.api_server import listen, make_server
 
 _GUESSED_SOON = 16  # characters of a token
 
@@ -27,7 +27,8 @@ def run(options: argparse.Namespace) -> int:
     found = Runs(root).listing()  # a root that cannot be read is told now
     app = make_app(root, token)
     with listen(options.host, options.port) as listening:
-        write(f"{_url(listening)}  {len(found.runs)} runs under {root}")
+        count = len(found.runs)
+        write(f"{_url(listening)}  {count} run{'' if count == 1 else 's'} under {root}")
         for line in found.broken:
             warn(line)
         if options.token_file is None:
@@ -35,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
         if not _loopback(listening):
             warn("the token and the runs travel in the clear: put a proxy with TLS in front")
         sys.stdout.flush()
-        serve(app, listening)
+        make_server(app).run(sockets=[listening])
     return 0
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from tip_ray.contract.errors import RunDirectoryError
+
 Value = TypeVar("Value")
 
 _ENTRIES = 20_000
@@ -19,6 +21,7 @@ class _Entry:
     lock: threading.Lock = field(default_factory=threading.Lock)
     stamp: Hashable = None
     value: Any = None
+    error: str | None = None
     nbytes: int = 0
 
 
@@ -44,15 +47,26 @@ class Cache:
         """The value of `stamp`; several threads that want it wait for one that makes it.
 
         Args:
-            make: gets the value of an older stamp, if there is one; what it raises is not kept.
+            make: gets the value of an older stamp, if there is one.
+
+        Raises:
+            RunDirectoryError: `make` did, for this stamp: a broken file is not read again either.
         """
         entry = self._entry(key)
         with entry.lock:
             if entry.stamp != stamp or entry.stamp is None:
-                value = make(entry.value)
-                self._keep(key, entry, stamp, value, nbytes(value))
-                return value
+                self._make(key, entry, stamp, make, nbytes)
+            if entry.error is not None:
+                raise RunDirectoryError(entry.error)
             return entry.value
+
+    def _make(self, key: Hashable, entry: _Entry, stamp: Hashable, make: Any, nbytes: Any) -> None:
+        try:
+            value = make(entry.value)
+        except RunDirectoryError as error:
+            self._keep(key, entry, stamp, None, 0, str(error))
+        else:
+            self._keep(key, entry, stamp, value, nbytes(value))
 
     def peek(self, key: Hashable, stamp: Hashable) -> Any:
         """The value of `stamp`, or None."""
@@ -74,9 +88,17 @@ class Cache:
             self._entries.move_to_end(key)
             return entry
 
-    def _keep(self, key: Hashable, entry: _Entry, stamp: Hashable, value: Any, nbytes: int) -> None:
+    def _keep(
+        self,
+        key: Hashable,
+        entry: _Entry,
+        stamp: Hashable,
+        value: Any,
+        nbytes: int,
+        error: str | None = None,
+    ) -> None:
         with self._lock:
-            entry.stamp, entry.value = stamp, value
+            entry.stamp, entry.value, entry.error = stamp, value, error
             if self._entries.get(key) is entry:  # else it was dropped meanwhile
                 self._bytes += nbytes + _ENTRY_BYTES - entry.nbytes
                 entry.nbytes = nbytes + _ENTRY_BYTES

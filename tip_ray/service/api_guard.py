@@ -14,7 +14,7 @@ from tip_ray.contract.errors import SpecError
 
 OPEN_PATHS = frozenset({"/", "/healthz", "/openapi.json"})
 PAGE_PATH = "/page/"
-QUERY_BYTES = 2048
+TARGET_BYTES = 2048  # of a path, and of a query
 BODY_BYTES = 1024  # no request needs one
 
 SECURITY_HEADERS = {
@@ -69,10 +69,11 @@ class Guard:
             line = "Authorization: found no valid token, expected `Bearer TOKEN`"
             cure = "give the token that `tip-ray serve` was started with"
             return _answer(401, f"{line}; {cure}", {"WWW-Authenticate": "Bearer"})
+        for part in ("raw_path", "query_string"):
+            if len(scope.get(part) or b"") > TARGET_BYTES:
+                return _answer(413, f"{part}: found over {TARGET_BYTES} bytes; ask for less")
         if "\\" in path or not path.isprintable():
             return _answer(404, "path: found a character that no path here has")
-        if len(scope["query_string"]) > QUERY_BYTES:
-            return _answer(413, f"query: found over {QUERY_BYTES} bytes; ask for less at once")
         if _body_bytes(headers) > BODY_BYTES:
             return _answer(413, f"body: found over {BODY_BYTES} bytes, expected none")
         return None

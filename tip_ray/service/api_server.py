@@ -37,14 +37,14 @@ def listen(host: str, port: int) -> socket.socket:
         raise SpecError("--host, --port", found, expected, "choose another") from None
 
 
-def serve(app: ASGIApp, listening: socket.socket) -> None:
-    """Answer until SIGINT or SIGTERM, which is raised again at the end.
+def make_server(app: ASGIApp) -> uvicorn.Server:
+    """`run(sockets=[...])` answers until SIGINT or SIGTERM, which it raises again at its end.
 
     No access log: what it would show, the counters at /metrics do; and no request is ever logged.
     """
     config = uvicorn.Config(
         app,
-        http=_Impatient,
+        http=Impatient,
         ws="none",
         lifespan="on",
         log_level="warning",
@@ -56,10 +56,10 @@ def serve(app: ASGIApp, listening: socket.socket) -> None:
         timeout_keep_alive=_IDLE_S,
         timeout_graceful_shutdown=_SHUTDOWN_S,
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    return uvicorn.Server(config)
 
 
-class _Impatient(H11Protocol):
+class Impatient(H11Protocol):
     """Uvicorn times only connections between requests: this cuts those off that dawdle in one."""
 
     head_s, answer_s = HEAD_S, ANSWER_S

@@ -84,7 +84,7 @@ def _local_stamp(storage: Storage, name: str, max_bytes: int) -> Hashable:
 
 
 def _identity(found: os.stat_result) -> Hashable:
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
 
 def _refuse_above(max_bytes: int, nbytes: int, path: str) -> None:
