@@ -80,9 +80,7 @@ class HttpRun:
 
     def _table(self, path: str, params: Mapping[str, Any] | None = None) -> pa.Table:
         answer = self._wire.get(f"{self._path}{path}", params=params, accept=ARROW)
-        content = self._checked(answer).content
-        if not answer.ok:
-            self._wire.json(answer)
+        content = self._wire.good(self._checked(answer)).content
         try:
             table = pa.ipc.open_stream(pa.BufferReader(content)).read_all()
             table.validate(full=True)

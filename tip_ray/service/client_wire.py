@@ -78,16 +78,16 @@ class Wire:
             pause_s *= 2
         raise AssertionError("the last try returns or raises")
 
-    def json(self, answer: requests.Response) -> Any:
-        """The body of a good answer.
-
-        Raises:
-            UnreachableError: it is not JSON, or the answer is not a good one.
-        """
+    def good(self, answer: requests.Response) -> requests.Response:
+        """Raises UnreachableError if the server could not do what it was asked for."""
         if not answer.ok:
             raise self.unreachable(f"answers {answer.status_code}: {said(answer)}")
+        return answer
+
+    def json(self, answer: requests.Response) -> Any:
+        """The body of a good answer; raises UnreachableError if there is none."""
         try:
-            return answer.json()
+            return self.good(answer).json()
         except requests.exceptions.JSONDecodeError:
             raise self.unreachable("answers with something that is not JSON") from None
 
