@@ -208,6 +208,13 @@ def test_to_moves_every_tensor(made, count):
     assert moved.tokens == 3
 
 
+def test_a_micro_batch_is_packed_when_it_is_asked_for():
+    batches = micro_batches(selected([(0, 5, [1]), (1, 4, [2])]), 5)
+    assert len(batches) == 2
+    assert batches[1] is not batches[1]
+    assert [batch.tokens for batch in batches] == [batches[0].tokens, batches[1].tokens] == [5, 4]
+
+
 def test_hidden_states_travel_bit_for_bit_with_their_token():
     table = hidden_selected([(0, 5, [1, 3]), (1, 6, [2, 5]), (2, 4, [0])]).slice(1)
     batches = micro_batches(table, 6)

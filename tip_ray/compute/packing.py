@@ -9,7 +9,7 @@ and kept rows are indices, never inferred from pad values.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -69,7 +69,24 @@ class MicroBatch:
         return replace(self, targets=targets, **_moved(self, device))
 
 
-def micro_batches(selected: pa.Table, max_tokens: int) -> list[MicroBatch]:
+@dataclass(frozen=True)
+class MicroBatches:
+    """Micro-batches of a step; each is packed when it is asked for, since targets are large."""
+
+    table: pa.Table
+    buckets: Sequence[Ints]  # rows of the table
+
+    def __len__(self) -> int:
+        return len(self.buckets)
+
+    def __getitem__(self, index: int) -> MicroBatch:
+        return _micro_batch(self.table, self.buckets[index])
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return (self[index] for index in range(len(self)))
+
+
+def micro_batches(selected: pa.Table, max_tokens: int) -> MicroBatches:
     """`selected` (of `selected_schema`) as micro-batches of at most `max_tokens` padded tokens.
 
     Rows are bucketed by (length, key), longest first, whatever their order in the table; a longer
@@ -87,7 +104,7 @@ def micro_batches(selected: pa.Table, max_tokens: int) -> list[MicroBatch]:
     by_key = sorted(np.flatnonzero(kept_R).tolist(), key=lambda row: key_of[row])
     rows_by_key = np.asarray(by_key, np.int64)
     buckets = length_buckets(lengths_R[rows_by_key], max_tokens)
-    return [_micro_batch(table, rows_by_key[bucket]) for bucket in buckets]
+    return MicroBatches(table, [rows_by_key[bucket] for bucket in buckets])
 
 
 def empty_micro_batch(width: int, targets: Targets = "topk") -> MicroBatch:

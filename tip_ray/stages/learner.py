@@ -13,6 +13,7 @@ order; a rank that is missing makes the others fail after rendezvous.GROUP_TIMEO
 
 from __future__ import annotations
 
+import itertools
 import math
 import resource
 import sys
@@ -25,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from tip_ray.compute.packing import MicroBatch, empty_micro_batch, micro_batches
+from tip_ray.compute.packing import MicroBatches, empty_micro_batch, micro_batches
 from tip_ray.contract.errors import ReplicaError, TableError
 from tip_ray.contract.headers import LearnerReport
 from tip_ray.contract.seeds import derive_seed
@@ -161,7 +162,7 @@ class LearnerActor:
         group = self._joined()
         torch.manual_seed(derive_seed(self._seed, "learner", step, self._rank))  # dropout
         table = self._own_rows(step, selected)
-        batches = list(micro_batches(table, self._learner.micro_batch_tokens))
+        batches = micro_batches(table, self._learner.micro_batch_tokens)
         count = fsdp.max_over_ranks(len(batches), group.device)
         sums = self._accumulate(batches, count)
         loss, norm, skipped = self._update(step, sums.loss)
@@ -191,26 +192,27 @@ class LearnerActor:
             raise TableError(f"column 'step': rows of step {min(foreign)}, expected step {step}")
         return table
 
-    def _accumulate(self, batches: Sequence[MicroBatch], count: int) -> _Sums:
+    def _accumulate(self, batches: MicroBatches, count: int) -> _Sums:
         """Forward and backward of `count` micro-batches: ranks must make the same collectives.
 
         Every micro-batch reduces its gradients: that costs traffic, but between micro-batches a
         rank holds its own shard of them only.
         """
         group = self._joined()
-        losses, gaps = [], []  # read at the end: a GPU need not wait in between
+        losses, gaps, tokens = [], [], 0  # read at the end: a GPU need not wait in between
         padding = [empty_micro_batch(*self._targets)] * (count - len(batches))
-        for batch in (*batches, *padding):
+        for batch in itertools.chain(batches, padding):
             batch = batch.to(group.device)
             batch = replace(batch, weight_N=batch.weight_N * group.loss_scale)
             loss, stats = group.root(batch)
             loss.backward()
+            tokens += batch.tokens
             losses.append(loss.detach().double())
             gaps.append((batch.student_logprob_N - stats.sampled_logprob_N).abs().double())
         all_gaps = torch.cat(gaps).tolist() if gaps else []
         return _Sums(
             loss=sum(torch.stack(losses).tolist()) / group.loss_scale if losses else 0.0,
-            tokens=sum(batch.tokens for batch in batches),
+            tokens=tokens,
             kept=len(all_gaps),
             gap_sum=sum(all_gaps),
             gap_max=max(all_gaps, default=0.0),
