@@ -75,7 +75,8 @@ def page(tmp_path: Path) -> Page:
 
 def test_every_chart_has_a_place_and_its_numbers(page: Page, tmp_path: Path) -> None:
     places = {a["id"] for tag, a in page.tags if tag == "div" and a.get("class") == "chart"}
-    shared = {"loss", "accuracy", "kept", "divergence", "entropy", "length", "speed", "gap"}
+    shared = {"loss", "accuracy", "kept", "divergence", "entropy", "gradient", "length", "ends"}
+    shared |= {"speed", "gap"}
     own = {"quadrants-0", "frozen-0", "bytes-0", "stages-0"}
     assert set(page.figures) == places == shared | own
     loss = page.figures["loss"]["traces"][0]
@@ -84,6 +85,23 @@ def test_every_chart_has_a_place_and_its_numbers(page: Page, tmp_path: Path) -> 
     assert loss["y"] == pytest.approx(metrics.column("loss").to_pylist(), rel=1e-4)
     accuracy = page.figures["accuracy"]["traces"][0]
     assert (accuracy["x"], accuracy["y"]) == ([0, 12], [0.42, 0.95])
+
+
+def test_bytes_have_binary_units_everywhere(tmp_path: Path) -> None:
+    directory = made_run(tmp_path, "a-run", steps=1)
+    sizes = {"bytes_cut_to_learner": 3 * 1024, "bytes_unpruned_to_learner": 5 << 20}
+    directory.append_metrics(made_metrics(1, **sizes))
+    page = Page(render([RunReader(directory.url)]))
+    bars = page.figures["bytes-0"]["traces"][0]
+    assert dict(zip(bars["y"], bars["text"], strict=True)) == {
+        "rollout → teacher": "1 B",
+        "teacher → selector": "1 B",
+        "selector → cut": "1 B",
+        "cut → learner": "3.0 KiB",
+        "the same, all tokens": "5.0 MiB",
+        "weights → rollout": "1 B",
+    }
+    assert not re.search(r"[0-9.] ?[kMG]B\b", page.text)
 
 
 def test_the_header_has_result_and_key_facts(page: Page) -> None:

@@ -5,42 +5,23 @@ A line of colour "ink" gets the page's text colour, light or dark.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from tip_ray.contract.run_state import EvaluationResult
+from tip_ray.control.progress import size
 
 MAX_POINTS = 1000  # longer runs are drawn as means over windows of steps
-RUN_COLOURS = ("#3b82c4", "#e0803a", "#3f9e6e", "#b65fb0", "#c9a227", "#d0505a", "#5aa9b8")
+# Colours and words that the web page has too.
+_SHARED = json.loads((Path(__file__).parent / "page" / "figures.json").read_text(encoding="utf-8"))
+RUN_COLOURS: tuple[str, ...] = tuple(_SHARED["runs"])
 _GREY = "#8a94a3"
-_QUADRANTS = (
-    ("q1", "Q1 unsure, far from the teacher", "#e0803a"),
-    ("q2", "Q2 unsure, close", "#c9a227"),
-    ("q3", "Q3 sure and wrong", "#d0505a"),
-    ("q4", "Q4 sure and close", "#9fb3c8"),
-)
-_STAGES = {
-    "rollout": "#3b82c4",
-    "teacher": "#e0803a",
-    "selector": "#c9a227",
-    "cut": "#d0505a",
-    "learner": "#3f9e6e",
-    "publish": "#b65fb0",
-    "evaluation": "#5aa9b8",
-}
-_UNPRUNED = "the same, all tokens"
-_HOPS = {
-    "rollout → teacher": "bytes_rollout_to_teacher",
-    "teacher → selector": "bytes_teacher_to_selector",
-    "selector → cut": "bytes_selector_to_cut",
-    "cut → learner": "bytes_cut_to_learner",
-    _UNPRUNED: "bytes_unpruned_to_learner",
-    "weights → rollout": "bytes_weight_sync",
-}
 
 Figure = dict[str, Any]
 
@@ -71,40 +52,14 @@ def thinned(table: pa.Table) -> dict[str, list[float]]:
 
 def shared_figures(runs: Sequence[Curves]) -> dict[str, tuple[str, str, Figure]]:
     """Curves of all runs laid over each other: id -> (title, note, figure)."""
-    return {
-        "loss": ("Loss", "Divergence of the kept tokens, nats", _lines(runs, {"loss": "loss"})),
-        "accuracy": ("Accuracy", "Evaluations, ± one standard error", _accuracy(runs)),
-        "kept": (
-            "Tokens kept",
-            "Share of the response tokens that the learner saw",
-            _lines(runs, {"kept_fraction": "kept"}, percent=True),
-        ),
-        "divergence": (
-            "Divergence from the teacher",
-            "Reverse KL over the step's tokens before training on it, nats",
-            _lines(runs, {"reverse_kl_mean": "mean", "reverse_kl_p98": "0.98 quantile"}),
-        ),
-        "entropy": (
-            "Entropy",
-            "Mean over the step's tokens, nats",
-            _lines(runs, {"student_entropy_mean": "student", "teacher_entropy_mean": "teacher"}),
-        ),
-        "length": (
-            "Response length",
-            "Tokens",
-            _lines(runs, {"response_length_mean": "mean", "response_length_max": "longest"}),
-        ),
-        "speed": (
-            "Learner speed",
-            "Input tokens a second",
-            _lines(runs, {"learner_tokens_per_s": "tokens/s"}),
-        ),
-        "gap": (
-            "Engine against learner",
-            "Gap of the kept tokens' log-probabilities, nats",
-            _lines(runs, {"logprob_gap_mean": "mean", "logprob_gap_max": "largest"}),
-        ),
-    }
+    found = {}
+    for curve in _SHARED["curves"]:
+        if "columns" in curve:
+            figure = _lines(runs, curve["columns"], percent=curve.get("percent", False))
+        else:
+            figure = _accuracy(runs)
+        found[curve["id"]] = (curve["title"], curve["note"], figure)
+    return found
 
 
 def own_figures(run: Curves) -> dict[str, tuple[str, str, Figure]]:
@@ -172,14 +127,14 @@ def _quadrants(run: Curves, prefix: str) -> Figure:
     traces = [
         {
             "x": run.steps,
-            "y": run.metrics[f"{prefix}{key}_share"],
-            "name": name,
+            "y": run.metrics[f"{prefix}{quadrant['key']}_share"],
+            "name": quadrant["label"],
             "mode": _mode(run.steps),
             "stackgroup": "one",
-            "line": {"width": 0.5, "color": colour},
-            "fillcolor": colour,
+            "line": {"width": 0.5, "color": quadrant["colour"]},
+            "fillcolor": quadrant["colour"],
         }
-        for key, name, colour in _QUADRANTS
+        for quadrant in _SHARED["quadrants"]
     ]
     layout = _layout(percent=True)
     layout["yaxis"]["range"] = [0, 1]
@@ -187,22 +142,22 @@ def _quadrants(run: Curves, prefix: str) -> Figure:
 
 
 def _bytes(run: Curves) -> Figure:
-    means = {hop: _mean(run.metrics[column]) for hop, column in _HOPS.items()}
-    colours = [_GREY if hop == _UNPRUNED else run.colour for hop in means]
+    hops = _SHARED["hops"]
+    means = [_mean(run.metrics[hop["column"]]) for hop in hops]
     trace = {
         "type": "bar",
         "orientation": "h",
-        "y": list(means),
-        "x": list(means.values()),
-        "marker": {"color": colours},
-        "texttemplate": "%{x:.3s}B",
-        "hovertemplate": "%{y}: %{x:.4s}B<extra></extra>",
+        "y": [hop["label"] for hop in hops],
+        "x": means,
+        "marker": {"color": [_GREY if hop.get("unpruned") else run.colour for hop in hops]},
+        "text": [size(mean) for mean in means],
+        "hovertemplate": "%{y}: %{text}<extra></extra>",
         "cliponaxis": False,
     }
     layout = {
         "hovermode": "closest",
         "showlegend": False,
-        "xaxis": {"tickformat": "~s", "ticksuffix": "B", "rangemode": "tozero", "nticks": 6},
+        "xaxis": {"showticklabels": False, "rangemode": "tozero", "nticks": 6},
         "yaxis": {"autorange": "reversed"},
     }
     return {"traces": [trace], "layout": layout}
@@ -213,11 +168,11 @@ def _stages(run: Curves) -> Figure:
         {
             "type": "bar",
             "x": run.steps,
-            "y": run.metrics[f"seconds_{stage}"],
-            "name": stage,
-            "marker": {"color": colour, "line": {"width": 0}},
+            "y": run.metrics[f"seconds_{stage['key']}"],
+            "name": stage["key"],
+            "marker": {"color": stage["colour"], "line": {"width": 0}},
         }
-        for stage, colour in _STAGES.items()
+        for stage in _SHARED["stages"]
     ]
     wall = {"x": run.steps, "y": run.metrics["seconds_step"], "name": "wall time of the step"}
     traces.append({**wall, "mode": _mode(run.steps), "line": {"color": "ink", "width": 2}})

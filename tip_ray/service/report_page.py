@@ -65,8 +65,13 @@ function draw() {
       legend: {orientation: "h", y: -0.16, yanchor: "top", x: 0, font: {size: 11}},
       ...figure.layout, xaxis: {...axis, ...(figure.layout.xaxis || {})},
       yaxis: {...axis, ...(figure.layout.yaxis || {})}};
-    const traces = figure.traces.map(trace => trace.line && trace.line.color === "ink"
-      ? {...trace, line: {...trace.line, color: colour("--ink")}} : trace);
+    const narrow = document.getElementById(id).clientWidth < 420;
+    const traces = figure.traces.map(trace => {
+      const own = {...trace};
+      if (own.line && own.line.color === "ink") own.line = {...own.line, color: colour("--ink")};
+      if (narrow && own.name) own.name = own.name.replace(", ", ",<br>");
+      return own;
+    });
     Plotly.react(id, traces, layout, {responsive: true, displayModeBar: false});
   }
 }

@@ -217,7 +217,7 @@ export class Chart {
     event.preventDefault();
     const last = this.data.x.length - 1;
     const index = Math.min(last, Math.max(0, (this.plot.cursor.idx ?? last) + move));
-    this.plot.setCursor({ left: this.plot.valToPos(this.data.x[index], "x"), top: 10 });
+    this.plot.setCursor({ left: this.plot.valToPos(this.data.x[index], "x"), top: 10 }, true, true);
     const said = this.lines.map((line, i) => `${line.label} ${this.values[i].textContent}`);
     this.place.setAttribute("aria-label", `step ${this.data.x[index]}: ${said.join(", ")}`);
   }

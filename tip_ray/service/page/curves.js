@@ -58,7 +58,7 @@ export function ownCharts(group) {
   return {
     charts,
     update({ metrics, marks }) {
-      const get = (names) => ({ x: metrics.step, columns: names.map((name) => metrics[name]), marks });
+      const get = (names) => ({ x: metrics.step, columns: names.map((name) => metrics[name] ?? []), marks });
       const keys = figures.quadrants.map(({ key }) => key);
       charts.quadrants.update(get(keys.map((key) => `${key}_share`)));
       charts.frozen.update(get(keys.map((key) => `frozen_${key}_share`)));
@@ -94,7 +94,7 @@ function metricData(curve, runs) {
   const columns = Object.keys(curve.columns);
   const marks = runs.length === 1 ? runs[0].marks : [];
   if (runs.length === 1) {
-    return { x: runs[0].metrics.step, columns: columns.map((name) => runs[0].metrics[name]), marks };
+    return { x: runs[0].metrics.step, columns: columns.map((name) => runs[0].metrics[name] ?? []), marks };
   }
   const tables = runs.map(({ metrics }) => [metrics.step, ...columns.map((name) => metrics[name])]);
   const [x, ...joined] = uPlot.join(tables, tables.map((table) => table.map(() => 2)));
