@@ -17,13 +17,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.runs_made import made_run, made_samples, made_status
 from tests.service.api_served import TOKEN, WAIT_S, Answer, Served, serving, write_metrics
 from tip_ray.contract.run_state import RunState
 from tip_ray.control.run_directory import RunDirectory
-from tip_ray.service import api_read, api_server
+from tip_ray.service import api, api_read, api_server
 from tip_ray.service.api import ARROW
 
 CANARY = "sk-this-must-not-be-seen"
@@ -333,6 +335,45 @@ def test_no_flipped_byte_of_a_table_is_a_500(served: Served, seed: int) -> None:
                 assert answer.status == 200 or path.name in refused(answer, 409)
 
 
+SAMPLES: dict[str, pa.Table] = {
+    "no samples": pa.table({"a": [1]}),
+    "a column twice": pa.table([[1], [2]], names=["step", "step"]),
+    "another type": pa.table({"step": ["<b>"]}),
+    "a zone that is none": pa.table({"step": pa.array([1], pa.timestamp("s", "No/Where"))}),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_table_of_something_else_is_no_500(served: Served, name: str) -> None:
+    table, run = SAMPLES[name], Path(served.root) / "one"
+    path = run / "samples" / "step-00000002.arrow"
+    with pa.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table)
+    answer = served.get("/api/runs/one/samples")
+    if name == "no samples":  # a release without any of today's columns
+        assert answer.json()["samples"] == [{}]
+    else:
+        assert path.name in refused(answer, 409)
+    part = run / "metrics" / "step-00000002.parquet"
+    pq.write_table(table, part)
+    answer = served.get("/api/runs/one/metrics")
+    if name == "a zone that is none":  # milliseconds, and so numbers
+        assert answer.json()["columns"]["step"] == [1, 1000]
+    else:
+        assert part.name in refused(answer, 409)
+
+
+def test_a_column_whose_name_is_no_text_is_no_500(served: Served) -> None:
+    run = Path(served.root) / "one"
+    for path, url in (
+        (run / "samples" / "step-00000002.arrow", "samples"),
+        (run / "metrics" / "step-00000002.parquet", "metrics"),
+    ):
+        name = b"prompt_uid" if url == "samples" else b"learning_rate"
+        path.write_bytes(path.read_bytes().replace(name, b"\xff" + name[1:]))
+        assert path.name in refused(served.get(f"/api/runs/one/{url}"), 409)
+
+
 def test_samples_cut_short_are_named(served: Served) -> None:
     path = Path(served.root) / "one" / "samples" / "step-00000002.arrow"
     whole = path.read_bytes()
@@ -441,7 +482,16 @@ def test_files_too_large_to_send_are_not_read(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(api_read, "_TABLE_BYTES", 1000)
-    assert "expected at most 1,000" in refused(served.get("/api/runs/one/samples"), 409)
+    for url in ("samples", "metrics"):
+        assert "expected at most 1,000" in refused(served.get(f"/api/runs/one/{url}"), 409)
+
+
+def test_samples_too_large_for_json_are_sent_as_arrow(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "_JSON_BYTES", 100)
+    assert ARROW in refused(served.get("/api/runs/one/samples"), 413)
+    assert served.get("/api/runs/one/samples", Accept=ARROW).status == 200
 
 
 def test_a_client_that_dawdles_is_cut_off(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,10 @@ AUDIT_SCHEMA = pa.schema(
 )
 
 
+# A column's name that is not UTF-8 is a ValueError, one that is there twice a KeyError.
+_BROKEN = (pa.ArrowException, OSError, ValueError, KeyError)
+
+
 def merge_parts(parts: Iterable[pa.Table]) -> pa.Table:
     """METRICS_SCHEMA: the rows of all parts in order of step; for a step that several have, the
     last part's. A column that another release did not have is null.
@@ -65,7 +69,7 @@ def _as_metrics(table: pa.Table, name: str = "a part of metrics") -> pa.Table:
         if columns[0].null_count:
             raise pa.ArrowInvalid("a row without a step")
         return pa.table(columns, schema=METRICS_SCHEMA)
-    except pa.ArrowException as error:
+    except _BROKEN as error:
         reason = " ".join(str(error).split())
         raise RunDirectoryError(f"{name}: not metrics ({reason}); delete it") from None
 
@@ -86,6 +90,6 @@ def from_parquet(content: bytes, name: str) -> pa.Table:
     """Raises RunDirectoryError where `content` is not a whole Parquet file."""
     try:
         return pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
-    except (pa.ArrowException, OSError) as error:
+    except _BROKEN as error:
         reason = " ".join(str(error).split())
         raise RunDirectoryError(f"{name}: not a whole Parquet file ({reason}); delete it") from None

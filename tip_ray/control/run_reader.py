@@ -23,6 +23,7 @@ from tip_ray.control.run_directory import (
     QUARANTINE,
     RUN_ROOT_VARIABLE,
     SAMPLES_DIRECTORY,
+    SAMPLES_WITH_TEXT,
     SPEC,
     STATUS,
     is_run_id,
@@ -141,13 +142,12 @@ class RunReader:
         except NotFoundError:
             raise NotFoundError(f"{self.url}: no samples of step {step}") from None
         try:
-            table = pa.ipc.open_file(pa.BufferReader(content)).read_all()
-            table.validate(full=True)
-        except (pa.ArrowException, OSError) as error:
+            return _samples(pa.ipc.open_file(pa.BufferReader(content)).read_all())
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())
             raise RunDirectoryError(
-                f"{self.url}/{name}: not a whole Arrow file ({error})"
+                f"{self.url}/{name}: not a whole Arrow file of samples ({reason}); delete it"
             ) from None
-        return table
 
     def read_quarantine(self) -> list[dict[str, Any]]:
         """Quarantined rollouts with stage and reason; a last line that is half written is left."""
@@ -208,6 +208,17 @@ def resolve_run(run: str, run_root: str | None = None) -> RunReader:
     where = "" if places == [run] else f" under {' or '.join(roots)}"
     cure = "see `tip-ray list`, or give --run-root"
     raise NotFoundError(f"no run {run!r}{where}; {cure}")
+
+
+def _samples(table: pa.Table) -> pa.Table:
+    """The columns of SAMPLES_WITH_TEXT that are there; another release may have others."""
+    table.validate(full=True)
+    known = [field for field in SAMPLES_WITH_TEXT if field.name in table.column_names]
+    for field in known:
+        found = table.column(field.name).type
+        if found != field.type:
+            raise pa.ArrowInvalid(f"{field.name}: found {found}, expected {field.type}")
+    return table.select([field.name for field in known])
 
 
 def parse_status(content: bytes, name: str) -> RunStatus:

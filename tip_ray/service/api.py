@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import anyio.to_thread
+import pyarrow as pa
 from fastapi import APIRouter, FastAPI, Query, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
@@ -57,6 +58,7 @@ STEP_HEADER = "X-Tip-Ray-Step"
 _THREADS = 8  # more of them only fight for the interpreter
 _RUNS, _POINTS, _BROKEN = 1000, 10_000, 100
 _LARGEST_STEP = 2**31 - 1
+_JSON_BYTES = 16 << 20  # of a table, which takes many times as much on its way to JSON
 _STATUSES: dict[type[TipRayError], int] = {
     NotFoundError: 404,
     RunDirectoryError: 409,
@@ -217,8 +219,15 @@ def _add_tables(router: APIRouter, runs: Runs) -> None:
                 raise NotFoundError(f"{run_id}: no samples yet")
             content = arrow_stream(runs.samples(run_id, step))
             return Response(content, media_type=ARROW, headers={STEP_HEADER: str(step)})
-        rows = [] if step is None else runs.samples(run_id, step).to_pylist()
+        rows = [] if step is None else _rows(runs.samples(run_id, step))
         return _json_of({"step": step, "steps": steps, "samples": rows})
+
+
+def _rows(table: pa.Table) -> list[dict[str, Any]]:
+    if table.nbytes > _JSON_BYTES:
+        found = f"samples: found {table.nbytes:,} bytes, expected at most {_JSON_BYTES:,} as JSON"
+        raise HTTPException(413, f"{found}; ask for Arrow (Accept: {ARROW})")
+    return list(table.to_pylist())
 
 
 def _add_errors(app: FastAPI, runs: Runs) -> None:

@@ -81,7 +81,7 @@ class Runs:
         """METRICS_SCHEMA, all steps in order."""
         reader = self._reader(run_id)
         if reader.storage.local:
-            stamp: Any = frozenset(part_stamps(reader.storage, METRICS).items())
+            stamp: Any = frozenset(part_stamps(reader.storage, METRICS, _TABLE_BYTES).items())
         else:
             stamp = time_stamp()
         return self._cache.get(
@@ -215,7 +215,7 @@ class _CachedReader(RunReader):
         self._cache = cache
 
     def read_metrics_parts(self, names: Sequence[str]) -> dict[str, pa.Table | None]:
-        stamps = part_stamps(self.storage, METRICS)
+        stamps = part_stamps(self.storage, METRICS, _TABLE_BYTES)
         keys = {name: (self.run_id, name) for name in names}
         found = {name: self._cache.peek(keys[name], stamps.get(name)) for name in names}
         missing = [name for name, part in found.items() if part is None]

@@ -47,7 +47,7 @@ def make_server(app: ASGIApp) -> uvicorn.Server:
         http=Impatient,
         ws="none",
         lifespan="on",
-        log_level="warning",
+        log_level="error",  # a warning is one for each bad request
         access_log=False,
         proxy_headers=False,
         server_header=False,

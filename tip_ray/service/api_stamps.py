@@ -45,23 +45,29 @@ def check_size(storage: Storage, name: str, max_bytes: int) -> None:
     _refuse_above(max_bytes, nbytes or 0, path)
 
 
-def part_stamps(storage: Storage, directory: str) -> dict[str, Hashable]:
+def part_stamps(storage: Storage, directory: str, max_bytes: int) -> dict[str, Hashable]:
     """Of every file in `directory`, by its name under the storage; empty if there is none.
 
     Raises:
-        RunDirectoryError: the directory leads out of the storage or cannot be listed.
+        RunDirectoryError: the directory leads out of the storage or cannot be listed, or a file
+            is too large.
     """
     path = storage.path(directory)
     try:
         with storage_errors(f"{path}: cannot be listed", pass_absent=True):
             if storage.local:
                 with os.scandir(path) as entries:
-                    return {f"{directory}/{one.name}": _identity(one.stat()) for one in entries}
-            storage.filesystem.invalidate_cache()
-            found = storage.filesystem.ls(path, detail=True)
+                    local = {entry.name: entry.stat() for entry in entries}
+                found = {name: (one.st_size, _identity(one)) for name, one in local.items()}
+            else:
+                storage.filesystem.invalidate_cache()
+                infos = storage.filesystem.ls(path, detail=True)
+                found = {_last(info["name"]): (info["size"] or 0, str(info)) for info in infos}
     except FileNotFoundError:
         return {}
-    return {f"{directory}/{_last(info['name'])}": str(info) for info in found}
+    for name, (nbytes, _) in found.items():
+        _refuse_above(max_bytes, nbytes, f"{path}/{name}")
+    return {f"{directory}/{name}": stamp for name, (_, stamp) in found.items()}
 
 
 def _last(path: str) -> str:
