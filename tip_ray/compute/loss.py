@@ -55,7 +55,7 @@ def kept_loss(
     1 +- `clip`.
 
     Differentiable in `hidden_ND` and `lm_head_VD`, once. Float32 inside (float64 stays float64),
-    whatever the inputs; three [chunk_rows, V] buffers. Head rows from `vocab_size` on (default:
+    whatever the inputs; two [chunk_rows, V] buffers. Head rows from `vocab_size` on (default:
     none) are outside of the vocabulary. N = 0 gives 0, still a part of the graph.
 
     Raises:

@@ -18,6 +18,8 @@ from tip_ray.compute.divergence import compute_dtype, entropy
 from tip_ray.compute.loss_head import Head
 from tip_ray.compute.loss_kinds import Options
 
+_ENTROPY_ROWS = 64  # at once: entropy needs two more buffers of as many rows
+
 
 class TeacherSide(Protocol):
     """What the student is compared with; knows how, too."""
@@ -72,13 +74,15 @@ class _KeptLoss(torch.autograd.Function):
             logprobs_CV = head.logits(hidden_CD).log_softmax(-1)
             if sampled_ids_N is not None:
                 stats_SN[1, rows] = logprobs_CV.gather(1, sampled_ids_N[rows, None]).squeeze(1)
-                stats_SN[2, rows] = entropy(logprobs_CV)
+                parts = (entropy(part) for part in logprobs_CV.split(_ENTROPY_ROWS))
+                stats_SN[2, rows] = torch.cat(list(parts))
             stats_SN[0, rows], grad_CV = teacher.divergence_(
                 logprobs_CV, rows, weight_N[rows].to(dtype)
             )
             head.add_grad(grad_CV, hidden_CD)
             if grad_hidden_ND is not None:
                 grad_hidden_ND[rows] = head.grad_hidden(grad_CV)
+            del logprobs_CV, grad_CV  # or they would lie beside the next chunk's
         loss = (stats_SN[0] * weight_N.to(dtype)).sum()
         ctx.save_for_backward(grad_hidden_ND, grad_head_VD)
         ctx.dtypes = (hidden_ND.dtype, lm_head_VD.dtype)
