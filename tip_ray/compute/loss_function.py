@@ -74,7 +74,7 @@ class _KeptLoss(torch.autograd.Function):
             logprobs_CV = head.logits(hidden_CD).log_softmax(-1)
             if sampled_ids_N is not None:
                 stats_SN[1, rows] = logprobs_CV.gather(1, sampled_ids_N[rows, None]).squeeze(1)
-                parts = (entropy(part) for part in logprobs_CV.split(_ENTROPY_ROWS))
+                parts = (entropy(part) for part in torch.split(logprobs_CV, _ENTROPY_ROWS))
                 stats_SN[2, rows] = torch.cat(list(parts))
             stats_SN[0, rows], grad_CV = teacher.divergence_(
                 logprobs_CV, rows, weight_N[rows].to(dtype)
