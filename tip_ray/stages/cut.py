@@ -47,7 +47,8 @@ def cut(
         TableError: a rollout that KEEP decided on is missing, or the tables disagree on its length.
     """
     began = time.perf_counter()
-    schema = tables.selected_schema(*(1, "topk") if sampled_only else tables.target_width(targets))
+    width, kind = (1, "topk") if sampled_only else tables.target_width(targets)
+    schema = tables.selected_schema(width, kind)
     batch = _aligned(keep, scores, targets, rollouts)
     selected = [_select(batch, rank, schema, sampled_only) for rank in range(ranks)]
     sent = [tables.nbytes(table) for table in selected]
