@@ -22,6 +22,7 @@ from tip_ray.service.api_server import listen, make_server
 
 TOKEN = "a-token-that-nobody-guesses"  # noqa: S105 - of servers that tests start
 WAIT_S = 60
+CANARY = "sk-this-must-not-be-seen"
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,14 @@ def read_answer(connection: socket.socket) -> Answer:
     pairs = [line.split(": ", 1) for line in lines]
     headers = {name.lower(): value for name, value in pairs}
     return Answer(int(first.split()[1]), headers, body)
+
+
+def refused(answer: Answer, *statuses: int) -> str:
+    """The line of a failure; its headers are those of every answer."""
+    assert answer.status in statuses, answer
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert CANARY.encode() not in answer.body
+    return answer.error
 
 
 def write_metrics(directory: Path, steps: int, **changes: Any) -> None:

@@ -58,7 +58,8 @@ class Cache:
                 self._make(key, entry, stamp, make, nbytes)
             if entry.error is not None:
                 raise RunDirectoryError(entry.error)
-            return entry.value
+            value: Value = entry.value
+            return value
 
     def _make(self, key: Hashable, entry: _Entry, stamp: Hashable, make: Any, nbytes: Any) -> None:
         try:

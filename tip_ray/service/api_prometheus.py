@@ -46,7 +46,7 @@ class Prometheus:
     def __init__(self, listing: Callable[[], Listing]) -> None:
         self._registry = CollectorRegistry()
         self._listing = listing
-        self._registry.register(self)  # type: ignore[arg-type]  # it collects, which is enough
+        self._registry.register(self)
         self._requests = Counter(
             "tip_ray_service_requests",
             "Requests answered.",

@@ -256,7 +256,9 @@ def _parsed(
 
     An event's file never changes, so what is known is not read again.
     """
-    found = {name: event for name, event in known.items() if not isinstance(event, str)}
+    found: dict[str, dict[str, Any] | str] = {
+        name: event for name, event in known.items() if not isinstance(event, str)
+    }
     contents = reader.storage.read_all([name for name in names if name not in found])
     for name, content in contents.items():
         try:

@@ -45,14 +45,14 @@ def columns_of(table: pa.Table) -> dict[str, list[Any]]:
 
 def _values(column: pa.ChunkedArray) -> list[Any]:
     # numpy makes plain numbers many times faster, but has no integer that is null
-    return column.to_pylist() if column.null_count else column.to_numpy().tolist()
+    return list(column.to_pylist() if column.null_count else column.to_numpy().tolist())
 
 
 def arrow_stream(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
-    return sink.getvalue().to_pybytes()
+    return bytes(sink.getvalue().to_pybytes())
 
 
 def json_bytes(value: Any) -> bytes:
