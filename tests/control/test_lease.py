@@ -106,7 +106,7 @@ def test_a_killed_driver_is_taken_over(
     found = take_over(spec_in(tmp_path, steps=60), "a-run")
     assert found is not None
     assert (found.status.epoch, found.status.step, found.status.steps) == (2, 5, 60)
-    assert found.status.state is RunState.FAILED  # from which STARTING is legal
+    assert found.status.state is RunState.PENDING  # from which STARTING is legal
     assert found.status.driver != old.status.driver
     assert RunReader(str(tmp_path / "a-run")).read_status().epoch == 1  # nothing before the claim
 
@@ -129,7 +129,8 @@ def test_a_run_that_has_ended_goes_on_at_once(tmp_path: Path, state: RunState) -
     assert found is not None
     found.claim(spec_in(tmp_path))
     status = RunReader(str(tmp_path / "a-run")).read_status()
-    assert (status.epoch, status.state, status.error) == (2, state, None)
+    assert (status.epoch, status.state, status.error) == (2, RunState.PENDING, None)
+    assert status.exit_code is None
     assert not found.directory.cancel_requested()
 
 

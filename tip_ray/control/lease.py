@@ -73,15 +73,16 @@ def take_over(spec: RunSpec, run_id: str) -> Lease | None:
         return Lease(directory, status)
     if not status.state.ended:
         _refuse_if_driven(directory, status)
-        # What the killed driver could not say itself.
-        status = status.model_copy(update={"state": RunState.FAILED})
     now = time.time()
     changes = {
         "epoch": status.epoch + 1,
         "driver": secrets.token_hex(8),
         "job_id": _ray_job_id(),
         "steps": spec.steps,
+        "state": RunState.PENDING,  # an ended one would be taken over by the next, too
         "error": None,
+        "exit_code": None,
+        "waiting_for": None,
         "updated_at": now,
         "heartbeat_at": now,
     }
