@@ -1,8 +1,7 @@
 """A plain mapping as a RunSpec, or one line that says what is wrong with it.
 
 Fields are checked by their types; here is what takes more than one field to see, and how a problem
-reads. A field whose feature has not landed yet refuses every value but its default (`NOT_YET`), so
-that a spec never silently means less than it says.
+reads.
 """
 
 from __future__ import annotations
@@ -17,17 +16,12 @@ from pydantic.fields import FieldInfo
 from tip_ray.contract.errors import SpecError
 from tip_ray.contract.spec import SCORERS, RunSpec, TeacherSpec
 
-# Values whose feature has not landed: field -> (values that work, what to do).
-NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
-    "tracking": (((),), "leave it empty"),
-}
-
 
 def parse_spec(raw: Mapping[str, Any]) -> RunSpec:
     """`raw` as a RunSpec.
 
     Raises:
-        SpecError: unknown key, value out of range or of another type, feature not available yet.
+        SpecError: unknown key, value out of range or of another type, fields that do not fit.
     """
     if not isinstance(raw, Mapping):
         raise SpecError("spec", repr(raw)[:60], "a mapping of fields", "see `tip-ray init`")
@@ -35,7 +29,6 @@ def parse_spec(raw: Mapping[str, Any]) -> RunSpec:
         spec = RunSpec.model_validate(raw)
     except ValidationError as error:
         raise _spec_error(error) from None
-    _refuse_not_yet(spec)
     _refuse_engine_mismatch(spec.teacher)
     _refuse_weights_without_rewards(spec)
     _refuse_support_of_hidden(spec)
@@ -93,16 +86,6 @@ def _refuse_biased_gradient(spec: RunSpec) -> None:
     if spec.teacher.targets != "topk":
         expected = "topk with loss.kind policy_gradient"
         raise SpecError("teacher.targets", repr(spec.teacher.targets), expected)
-
-
-def _refuse_not_yet(spec: RunSpec) -> None:
-    for path, (allowed, cure) in NOT_YET.items():
-        value: Any = spec
-        for name in path.split("."):
-            value = getattr(value, name)
-        if value not in allowed:
-            shown = " | ".join(str(one) for one in allowed)
-            raise SpecError(path, repr(value), f"{shown} (not available yet)", cure)
 
 
 def _spec_error(error: ValidationError) -> SpecError:
