@@ -323,6 +323,7 @@ def test_normalised_entropy():
     found = normalised_entropy([0.0, math.log(8), math.log(8) + 1e-7, -1e-9], 8)
     assert found.tolist() == [0.0, 1.0, 1.0, 0.0]
     assert normalised_entropy([0.0], 1).tolist() == [0.0]
+    assert normalised_entropy([math.log(2), math.log(4)], 8) == pytest.approx([1 / 3, 2 / 3])
 
 
 def test_quadrants_are_strictly_above_their_thresholds():

@@ -96,6 +96,24 @@ def test_order_and_sharding_of_scores_change_nothing(made: MadeStep, rule: str) 
     assert many[1].equals(one)
 
 
+@pytest.mark.parametrize("rule", ["random", "entropy_sample"])
+def test_draws_belong_to_the_rollout_and_not_to_its_place(made: MadeStep, rule: str) -> None:
+    asked = row_tokens(made.rollouts)
+    whole = dict(_kept(selector(rule).select(asked, {}, None, made.scores)[1]))
+    gone = tables.keys(made.scores)[3]  # quarantined, say
+    rest = {key: tokens for key, tokens in asked.items() if key != gone}
+    scores = made.scores.filter(pa.array([key != gone for key in tables.keys(made.scores)]))
+    found = dict(_kept(selector(rule).select(rest, {}, None, scores)[1]))
+    assert found == {key: kept for key, kept in whole.items() if key != gone}
+    later = made_step(np.random.default_rng(0), rows=12, vocab_size=VOCAB, step=2)
+    other = dict(
+        _kept(selector(rule).select(row_tokens(later.rollouts), {}, None, later.scores)[1])
+    )
+    assert {key[1:]: kept for key, kept in other.items()} != {
+        key[1:]: kept for key, kept in whole.items()
+    }
+
+
 @pytest.mark.parametrize("scope", ["rollout", "batch"])
 @pytest.mark.parametrize("rule", BUILTIN_RULES)
 def test_full_retention_is_the_rule_all(made: MadeStep, rule: str, scope: str) -> None:
