@@ -266,7 +266,8 @@ def _failure(line: str, status: int, headers: Any = None) -> Response:
 def _relative(line: str, runs: Runs) -> str:
     """Without the root: what lies above it is nobody's business."""
     for root in (runs.storage.url, runs.storage.root):
-        line = line.replace(f"{root.rstrip('/')}/", "")
+        if root != "/":
+            line = line.replace(f"{root}/", "")
     return line
 
 
