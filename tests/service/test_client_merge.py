@@ -136,5 +136,6 @@ def test_jobs_are_known_by_their_entrypoint_or_by_the_status() -> None:
     assert newest_job(jobs, "b-run", "raysubmit_x") == other
     assert (first.attempt, second.attempt, other.attempt) == (1, 2, 0)
     assert Job("x", "RUNNING", "tip-ray run s --run-id=a-run && echo", NOW).run_id == "a-run"
+    assert (first.run_root, other.run_root) == ("/runs", None)
     assert Job("x", "RUNNING", "echo 'half a quote", NOW).run_id is None
     assert Job("x", "RUNNING", "tip-ray run s --run-id ../up", NOW).run_id is None

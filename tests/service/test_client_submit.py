@@ -19,7 +19,7 @@ from tip_ray.contract.run_state import RunState
 from tip_ray.contract.spec import RunSpec
 from tip_ray.control.spec_file import load_spec
 from tip_ray.service.client import RunClient
-from tip_ray.service.client_cluster import cluster_run_root
+from tip_ray.service.client_cluster import ClusterRuns, cluster_run_root
 from tip_ray.service.client_jobs import Job
 from tip_ray.service.client_submit import check_travels, package, submit_run
 from tip_ray.service.client_token import ray_token, read_token
@@ -123,6 +123,18 @@ def test_a_driver_that_still_clears_up_is_waited_for(tmp_path: Path) -> None:
     jobs.later = {"state": "FAILED"}
     submit_run(jobs, str(tmp_path), quickstart(), "a-run", pytest.fail)  # type: ignore[arg-type]
     assert [sent[0] for sent in jobs.sent] == ["a-run-a2"]
+
+
+def test_jobs_that_write_elsewhere_are_not_listed(tmp_path: Path) -> None:
+    made_run(tmp_path, "a-run", steps=2)
+    words = "tip-ray run s --run-id {} --run-root {}"
+    known = [
+        Job("here-a1", "PENDING", words.format("here", tmp_path), 2.0),
+        Job("there-a1", "PENDING", words.format("there", "/elsewhere"), 3.0),
+    ]
+    runs = ClusterRuns(Jobs(*known), str(tmp_path), pytest.fail)  # type: ignore[arg-type]
+    found = {run.run_id: run.state.value for run in runs.runs()}
+    assert found == {"a-run": "SUCCEEDED", "here": "PENDING"}
 
 
 def test_a_run_root_is_absolute(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,8 @@ class ClusterRuns:
         """Newest first; those that cannot be read, and a silent cluster, are told to `notice`."""
         jobs = self.known_jobs()
         statuses = {one.run_id: one for one in list_runs(self.run_root, self.notice)}
-        named = dict.fromkeys([*statuses, *(job.run_id for job in jobs if job.run_id)])
+        own = (job.run_id for job in jobs if job.run_id and job.run_root == self.run_root)
+        named = dict.fromkeys([*statuses, *own])
         now = time.time()
         found = [_seen(run_id, jobs, statuses.get(run_id), now) for run_id in named]
         there = [one for one in found if one is not None]

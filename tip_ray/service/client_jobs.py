@@ -15,7 +15,6 @@ from tip_ray.service.client_wire import Wire, said
 
 JobState = Literal["PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED"]
 _ENDS = ("STOPPED", "SUCCEEDED", "FAILED")
-_RUN_ID = "--run-id"
 _PAUSE_S = 1.0
 _ACCEPT_S = 120.0  # from the dashboard's first answer to its first agent, on a slow head
 _ABSENT = 404
@@ -44,13 +43,22 @@ class Job:
     @property
     def run_id(self) -> str | None:
         """As the entrypoint names it."""
+        named = self._option("--run-id")
+        return named if named and is_run_id(named) else None
+
+    @property
+    def run_root(self) -> str | None:
+        """As the entrypoint names it."""
+        return self._option("--run-root")
+
+    def _option(self, name: str) -> str | None:
         try:
             words = shlex.split(self.entrypoint)
         except ValueError:
             return None
-        named = [value for option, value in pairwise(words) if option == _RUN_ID]
-        named += [w.partition("=")[2] for w in words if w.startswith(f"{_RUN_ID}=")]
-        return named[-1] if named and is_run_id(named[-1]) else None
+        given = [value for option, value in pairwise(words) if option == name]
+        given += [w.partition("=")[2] for w in words if w.startswith(f"{name}=")]
+        return given[-1] if given else None
 
     @property
     def attempt(self) -> int:
