@@ -90,7 +90,7 @@ export class Chart {
     return {
       width,
       height: this.height(),
-      padding: [8, 10, 0, 0],
+      padding: [8, () => this.lastTick(), 0, 0],
       legend: { show: false },
       scales: { x: { time: false, range: (_, low, high) => this.rangeX(low, high) }, y: { range: (_, low, high) => this.rangeY(low, high) } },
       axes: [
@@ -144,6 +144,12 @@ export class Chart {
       });
     }
     return [x, ...this.order().map((index) => shown[index])];
+  }
+
+  /** Room at the right for half of the last step's number. */
+  lastTick() {
+    const last = this.data.x.at(-1) ?? 0;
+    return Math.max(10, 3.6 * last.toLocaleString("en-US").length);
   }
 
   rangeX(low, high) {

@@ -110,7 +110,7 @@ function evaluationLines(runs) {
     evaluationNames(run).map((name, index) => ({
       label: named(runs, run.label, name, evaluationNames(run).length > 1), colour: run.colour, dash: SECOND[Math.min(index, 1)], points: true,
     })));
-  return lines.length ? lines : [{ label: "no evaluation yet", colour: "var(--soft)" }];
+  return lines.length ? lines : [{ label: "no evaluation", colour: "var(--soft)" }];
 }
 
 function evaluationData(runs) {

@@ -48,3 +48,15 @@ export function choice(label, options, chosen, choose) {
     }), h("span", {}, text)));
   return h("fieldset", { class: "choice" }, h("legend", {}, label), parts);
 }
+
+/** When a Tabulator may be given rows. Its scrolling part, a stop for the keyboard, becomes the grid's body. */
+export function built(table) {
+  return new Promise((done) => table.on("tableBuilt", () => {
+    const holder = table.element.querySelector(".tabulator-tableholder");
+    holder.setAttribute("role", "rowgroup");
+    holder.setAttribute("aria-label", "rows");
+    holder.querySelector(".tabulator-table").setAttribute("role", "presentation");
+    table.element.removeAttribute("aria-owns");
+    done();
+  }));
+}

@@ -12,7 +12,7 @@ export function bars() {
   return uPlot.paths.bars({ size: [0.82, 64], align: 0 });
 }
 
-/** A dashed line at the step of each fault (with a triangle down) and recovery (a triangle up). */
+/** A dashed line at the step of each fault (a triangle down, on top) and recovery (up, at the foot). */
 export function drawMarks(plot, marks, colours) {
   const { ctx, bbox } = plot;
   const pixel = devicePixelRatio;
@@ -24,8 +24,11 @@ export function drawMarks(plot, marks, colours) {
     ctx.strokeStyle = ctx.fillStyle = kind === "fault" ? colours.bad : colours.good;
     ctx.lineWidth = pixel;
     ctx.setLineDash([3 * pixel, 4 * pixel]);
-    line(ctx, x, bbox.top, x, bbox.top + bbox.height);
-    triangle(ctx, x, bbox.top, 4.5 * pixel, kind === "fault");
+    const [top, foot] = [bbox.top, bbox.top + bbox.height];
+    ctx.globalAlpha = 0.4;
+    line(ctx, x, top, x, foot);
+    ctx.globalAlpha = 1;
+    triangle(ctx, x, kind === "fault" ? top : foot, 4 * pixel, kind === "fault");
   }
   ctx.restore();
 }

@@ -1,6 +1,6 @@
 // What happened to a run: evaluations for the curves, faults and recoveries as marks and as a table.
 
-import { h } from "./dom.js";
+import { built, h } from "./dom.js";
 import { duration, moment, percent } from "./format.js";
 
 const RECOVERIES = new Set(["replica_recovered"]);
@@ -15,10 +15,14 @@ export function sort(event) {
   return PLAIN.has(event.kind) ? "note" : "fault";
 }
 
-/** For the curves; the newest ones where there are very many. */
+/** For the curves, one a step and kind; the newest ones where there are very many. */
 export function marks(events) {
-  const found = events.map((event) => ({ step: event.step, kind: sort(event) }));
-  return found.filter(({ kind }) => kind !== "note").slice(-SHOWN_MARKS);
+  const found = new Map();
+  for (const event of events) {
+    const mark = { step: event.step, kind: sort(event) };
+    if (mark.kind !== "note") found.set(`${mark.kind} ${mark.step}`, mark);
+  }
+  return [...found.values()].slice(-SHOWN_MARKS);
 }
 
 /** In order of step; a replayed step's evaluation replaces the first one's. */
@@ -103,6 +107,6 @@ function makeTable(place) {
       { title: "Time", field: "time", width: 168, formatter: text(moment), responsive: 1 },
     ],
   });
-  table.built = new Promise((done) => table.on("tableBuilt", done));
+  table.built = built(table);
   return table;
 }

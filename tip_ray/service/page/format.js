@@ -19,7 +19,7 @@ export function number(value) {
 
 /** Of one token: `71.9%`, `0.012%`, `3e-9`; small ones keep two digits. */
 export function probability(value) {
-  if (!isNumber(value) || value >= 0.001 || value === 0) return percent(value);
+  if (!isNumber(value) || value >= 0.01 || value === 0) return percent(value);
   return value >= 1e-7 ? `${Number((100 * value).toPrecision(2))}%` : value.toExponential(0);
 }
 

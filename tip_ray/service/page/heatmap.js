@@ -35,7 +35,7 @@ export class HeatMap {
     this.cards.addEventListener("click", (e) => this.point(e.target, true));
     this.cards.addEventListener("keydown", (e) => this.onKey(e));
     this.element = h("div", { class: "heatmap" }, this.controls(), this.legend(), this.cards, this.panel.element);
-    this.onScroll = () => !this.pinned && this.panel.hide();
+    this.onScroll = () => this.pinned || this.panel.isSheet || this.panel.hide();
     addEventListener("scroll", this.onScroll, { passive: true });
   }
 

@@ -1,8 +1,8 @@
 // The list of runs: live, sortable, filtered by word and by state; ticked ones are compared.
 
 import { api } from "./api.js";
-import { choice, fill, h, say, style } from "./dom.js";
-import { age, number, percent, saved } from "./format.js";
+import { built, choice, fill, h, say, style } from "./dom.js";
+import { age, count, number, percent, saved } from "./format.js";
 import { poll } from "./poll.js";
 import { badge, detail, isActive, isTrouble, serverTime, word } from "./state.js";
 
@@ -10,7 +10,8 @@ const PAUSE_S = 3;
 const AT_FIRST = 200;
 const AT_MOST = 1000;
 const FEW = 8; // so many runs can be told apart by colour
-const SETS = { all: () => true, active: isActive, ended: (s) => !isActive(s), trouble: isTrouble };
+const isAlive = (status) => status.health === "live" || status.health === "stale";
+const SETS = { all: () => true, active: isAlive, ended: (s) => !isActive(s), trouble: isTrouble };
 const SORTS = { started: "newest", title: "name", loss: "loss", accuracy: "accuracy", progress: "progress" };
 
 // Kept while the tab lives, so that coming back finds the list as it was left.
@@ -34,14 +35,14 @@ function layout(showAll) {
   const compare = h("button", { type: "button", class: "primary", disabled: true, onclick: goCompare }, "Compare");
   const more = h("button", { type: "button", class: "quiet", hidden: true, onclick: () => { more.hidden = true; showAll(); } }, "Show more");
   const table = makeTable(place, () => tick(compare));
-  const built = new Promise((done) => table.on("tableBuilt", done));
+  const ready = built(table);
   const narrow = () => table.setFilter((row) => SETS[memory.set](row.status) && row.title.includes(memory.word.toLowerCase()));
   const search = h("input", {
     type: "search", placeholder: "Filter by name", "aria-label": "Filter by name", value: memory.word,
-    oninput: () => { memory.word = search.value; built.then(narrow); },
+    oninput: () => { memory.word = search.value; ready.then(narrow); },
   });
   const sets = choice("Which runs", { all: "All", active: "Active", ended: "Ended", trouble: "Trouble" }, memory.set,
-    (set) => { memory.set = set; built.then(narrow); });
+    (set) => { memory.set = set; ready.then(narrow); });
   const order = h("select", { onchange: () => table.setSort(order.value, order.value === "title" || order.value === "loss" ? "asc" : "desc") },
     Object.entries(SORTS).map(([field, text]) => h("option", { value: field }, text)));
   table.on("dataSorted", (sorters) => { memory.sort = sorters.map(({ field, dir }) => ({ column: field, dir })); });
@@ -50,7 +51,7 @@ function layout(showAll) {
   let first = true;
 
   async function take({ runs, broken: lines, total }) {
-    await built;
+    await ready;
     fill(broken, (lines ?? []).map((line) => h("p", { class: "error card", role: "alert" }, "Broken run: ", line)));
     const held = document.activeElement?.dataset?.key;
     const rows = runs.map(row);
@@ -62,7 +63,7 @@ function layout(showAll) {
     first = false;
     table.setSort(memory.sort);
     if (held) place.querySelector(`[data-key="${held}"]`)?.focus();
-    const active = runs.filter(isActive).length;
+    const active = runs.filter(isAlive).length;
     say(summary, `${total ?? runs.length} runs, ${active} active${runs.length < total ? `; the newest ${runs.length} are shown` : ""}`);
     more.hidden = !(runs.length < total && runs.length < AT_MOST);
   }
@@ -160,5 +161,5 @@ function state(cell) {
 function progress(cell) {
   const { status } = cell.getData();
   const bar = style(h("span", { class: "meter steps", "aria-hidden": "true" }), "--p", `${(100 * status.step) / status.steps}%`);
-  return h("div", {}, h("span", {}, `${status.step} / ${status.steps}`), bar);
+  return h("div", {}, h("span", {}, `${count(status.step)} / ${count(status.steps)}`), bar);
 }

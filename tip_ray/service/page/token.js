@@ -21,7 +21,13 @@ export class TokenPanel {
       h("div", { class: "tops" }, top(rollout, index, "student"), top(rollout, index, "teacher")));
     this.element.hidden = false;
     anchor.setAttribute("aria-describedby", this.element.id);
-    if (!sheet.matches) this.place(anchor);
+    if (sheet.matches) anchor.scrollIntoView({ block: "nearest" }); // its margin is the sheet's height
+    else this.place(anchor);
+  }
+
+  /** Whether it lies at the foot of the window, where scrolling does not part it from its token. */
+  get isSheet() {
+    return sheet.matches;
   }
 
   hide() {
