@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from tests.benchmarks.common import print_table, write_json
+from tests.benchmarks.selection_batches import divergence_kept
 from tests.benchmarks.selection_gradients import gradient_study
 from tests.benchmarks.selection_runs import Arm, Settings, make_parts, read_part
 from tests.benchmarks.svg_curves import Line, Panel, draw
@@ -60,11 +61,13 @@ def main() -> int:
     parts: Parts = {arm: [part for part in own if part] for arm, own in found.items()}
     gradients = _gradients(settings, arms, folder, SCALE[options.full])
     rows = [row for retention in _retentions(arms) for row in _rows(parts, retention)]
-    _print(rows, gradients)
+    shares = divergence_kept(settings, arms)
+    _print(rows, shares, gradients)
     (options.output / "selection.svg").write_text(_plot(parts), encoding="utf-8")
     figures = {
         "accuracy": rows,
         "runs": [run for runs in parts.values() for run in runs],
+        "divergence_kept": shares,
         "gradients": gradients,
     }
     write_json(options.output, "selection", figures, settings=asdict(settings), seeds=len(seeds))
@@ -164,7 +167,11 @@ def _spread(values: Sequence[float]) -> Spread:
     return mean(values), error
 
 
-def _print(rows: Sequence[Mapping[str, Any]], gradients: Mapping[str, Any]) -> None:
+def _print(
+    rows: Sequence[Mapping[str, Any]],
+    shares: Sequence[Mapping[str, Any]],
+    gradients: Mapping[str, Any],
+) -> None:
     print("\nGreedy accuracy in percent, with its standard error over seeds")  # noqa: T201
     for retention in dict.fromkeys(row["retention"] for row in rows):
         print()  # noqa: T201
@@ -175,6 +182,8 @@ def _print(rows: Sequence[Mapping[str, Any]], gradients: Mapping[str, Any]) -> N
                 if row["retention"] == retention
             ]
         )
+    print("\nReverse KL of the initial student on the tokens kept, a share\n")  # noqa: T201
+    print_table(shares)
     for state, title in (("start", "the initial student"), ("later", "the student later")):
         for table, over in (("over_batches", "batches"), ("over_draws", "draws")):
             print(f"\nGradients of {title}, over {gradients[over]} {over}\n")  # noqa: T201

@@ -87,7 +87,7 @@ def _panel(panel: Panel) -> Iterator[str]:
     yield _text(WIDTH / 2, HEIGHT + 38, panel.x_label, colour=SOFT)
     for line in panel.lines:
         yield _band(panel, line)
-    for line in panel.lines:
+    for line in sorted(panel.lines, key=lambda one: bool(one.dash)):  # dashes let others through
         yield _stroke(line, _path([panel.place(x, y) for x, y in zip(line.x, line.y, strict=True)]))
 
 
