@@ -88,6 +88,12 @@ def test_a_job_that_never_ran_says_what_ray_says() -> None:
     assert (found.state, found.error) == (FAILED, "job a-run-a1: Runtime env failed")
 
 
+def test_a_cluster_without_tip_ray_is_told_so() -> None:
+    found = seen(job("FAILED", exit_code=127, message="failed\n/bin/sh: tip-ray: not found"), None)
+    assert found.exit_code == 127
+    assert "no `tip-ray` on the PATH of the cluster's head; install it" in (found.error or "")
+
+
 def test_a_job_that_was_stopped_before_it_began_is_cancelled() -> None:
     found = seen(job("STOPPED"), None)
     assert (found.state, found.exit_code, found.waiting_for) == (CANCELLED, 130, None)

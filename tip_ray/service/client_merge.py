@@ -14,6 +14,7 @@ from tip_ray.contract.run_state import ObservedStatus, RunState, RunStatus, obse
 from tip_ray.service.client_jobs import Job
 
 _CANCELLED_EXIT = 130
+_NO_COMMAND = 127  # of a shell
 _ERROR = "error: "  # how the driver's process begins its last line
 _RESUME = "start it again with the same run id to go on from its checkpoint"
 
@@ -95,8 +96,11 @@ def _refused(job: Job) -> dict[str, Any]:
     code = job.exit_code if job.exit_code is not None and job.exit_code > 0 else None
     if own:
         return _failed(job, own[-1], code)
-    first = next((line for line in lines if line), "the job failed")
-    return _failed(job, f"job {job.submission_id}: {first}", code)
+    if code == _NO_COMMAND:
+        found = "no `tip-ray` on the PATH of the cluster's head; install it there, in every image"
+    else:
+        found = next((line for line in lines if line), "the job failed")
+    return _failed(job, f"job {job.submission_id}: {found}", code)
 
 
 def _failed(job: Job, error: str, code: int | None) -> dict[str, Any]:
