@@ -301,7 +301,7 @@ def test_rollouts_are_sorted_and_the_slider_goes_to_another_step(
     assert rollouts_of(page) == order(STEPS, "student_entropy")
     page.get_by_role("button", name="Step before").click()
     expect(page.locator(".slider .at")).to_have_text(f"step {STEPS - 1} of {STEPS}")
-    expect(page.locator(".rollout").first).to_contain_text(f"weights of step {STEPS - 2}")
+    expect(page.locator(f'.rollouts[data-step="{STEPS - 1}"]')).to_be_visible()
     page.get_by_label("First").select_option("divergence")
     assert rollouts_of(page) == order(STEPS - 1, "reverse_kl")
 
@@ -340,6 +340,28 @@ def test_a_token_shows_the_top_five_of_both_models(
     sampled = visible(row["text"][index])
     expect(panel.locator(".student .chosen code")).to_have_text(sampled)
     assert f"{row['student_entropy'][index]:.2g}"[:3] in panel.locator(".scalars").inner_text()
+
+
+def test_a_clicked_token_stays_until_it_is_closed(tabs: Opened) -> None:
+    page = tabs().open(f"runs/{WHOLE}")
+    card, panel = page.locator(".rollout").first, page.locator(".panel")
+    card.locator('[data-index="3"]').click()
+    card.locator('[data-index="5"]').hover()
+    expect(panel).to_contain_text("token 4 of")
+    panel.get_by_role("button", name="Close").click()
+    expect(panel).to_be_hidden()
+    card.locator('[data-index="5"]').hover()
+    expect(panel).to_contain_text("token 6 of")
+    card.locator('[data-index="5"]').press("Escape")
+    expect(panel).to_be_hidden()
+
+
+def test_a_run_that_is_not_there_is_said_to_be(tabs: Opened) -> None:
+    page = tabs().open("runs/no-such-run")
+    expect(page.get_by_role("heading", name="Not here")).to_be_visible()
+    expect(page.locator("main")).to_contain_text("no such run")
+    page.get_by_role("link", name="All runs").click()
+    expect(page.get_by_role("link", name=WHOLE)).to_be_visible()
 
 
 def test_texts_of_the_top_five_are_the_tokenizers(whole: RunReader) -> None:

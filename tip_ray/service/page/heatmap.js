@@ -22,7 +22,8 @@ export class HeatMap {
     this.steps = [];
     this.samples = [];
     this.asked = 0;
-    this.panel = new TokenPanel();
+    this.late = false; // newer rollouts wait until nobody reads a token
+    this.panel = new TokenPanel(() => this.unpin());
     this.pinned = false;
     this.slider = h("input", { type: "range", min: 0, max: 0, value: 0, "aria-label": "Step", oninput: () => this.slide(Number(this.slider.value)) });
     this.at = h("output", { class: "at" });
@@ -66,6 +67,8 @@ export class HeatMap {
 
   /** The newest step's rollouts, unless an earlier one is being looked at; whether there are any. */
   async refresh() {
+    this.late = !this.panel.element.hidden;
+    if (this.late) return true;
     const asked = this.asked;
     const answer = await this.load(this.follow ? undefined : this.step);
     if (answer.samples.length && asked === this.asked) this.take(answer);
@@ -111,6 +114,7 @@ export class HeatMap {
     say(this.scale, `${number(deep)} nats of ${SHADES[this.shade]} (0.98 quantile)`);
     this.byCard = new Map(sorted.map((rollout) => [rolloutCard(rollout, this.shade, deep), rollout]));
     fill(this.cards, [...this.byCard.keys()]);
+    this.cards.dataset.step = this.step;
   }
 
   /** Show the panel about the token at `target`; a click keeps it there. */

@@ -28,7 +28,7 @@ export function showRun(main, run, heard) {
       const moved = await feed.refresh();
       drawHead(view, feed);
       if (moved) drawBody(view, feed);
-      if (moved || !view.hasSamples) await drawSamples(view);
+      if (moved || !view.hasSamples || view.heatmap.late) await drawSamples(view);
       if (!view.hasSpec) await drawSpec(view, run);
     },
     () => (feed.status && !isActive(feed.status) ? ENDED_S : LIVE_S),

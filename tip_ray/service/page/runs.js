@@ -56,6 +56,8 @@ function layout(showAll) {
     const held = document.activeElement?.dataset?.key;
     const rows = runs.map(row);
     const known = new Set(rows.map(({ run_id: id }) => id));
+    for (const id of memory.ticked) if (!known.has(id)) memory.ticked.delete(id);
+    tick(compare);
     await Promise.all(table.getRows().filter((one) => !known.has(one.getData().run_id)).map((one) => one.delete()));
     await table.updateOrAddData(rows);
     if (first) narrow();

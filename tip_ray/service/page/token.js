@@ -9,14 +9,16 @@ const sheet = matchMedia("(max-width: 640px)"); // there the panel lies at the b
 const MARGIN = 8;
 
 export class TokenPanel {
-  constructor() {
+  /** `close` is called by the panel's own button. */
+  constructor(close) {
+    this.close = close;
     this.element = h("div", { class: "panel", id: "token-panel", role: "tooltip" });
     this.element.hidden = true;
   }
 
   /** Show token `index` of `rollout` beside `anchor`. */
   show(rollout, index, anchor) {
-    const close = h("button", { type: "button", class: "quiet close", "aria-label": "Close", onclick: () => this.hide() }, "✕");
+    const close = h("button", { type: "button", class: "quiet close", "aria-label": "Close", onclick: this.close }, "✕");
     fill(this.element, close, heading(rollout, index), scalars(rollout, index),
       h("div", { class: "tops" }, top(rollout, index, "student"), top(rollout, index, "teacher")));
     this.element.hidden = false;
