@@ -55,6 +55,8 @@ def _job_problems(job: Document) -> Iterator[str]:
         yield "InteractiveMode takes neither backoffLimit nor jobId"
     if mode != "InteractiveMode" and not job.get("entrypoint"):
         yield "no entrypoint"
+    if mode == "SidecarMode" and {"submitterPodTemplate", "submitterConfig"} & set(job):
+        yield "SidecarMode has no submitter pod"
     submitter = job.get("submitterPodTemplate", {}).get("spec", {})
     if submitter and submitter.get("restartPolicy") not in {"Never", "OnFailure"}:
         yield "a submitter's restartPolicy is Never or OnFailure"
@@ -76,6 +78,10 @@ def _group_problems(group: Document) -> Iterator[str]:
         yield "learner: its ranks are a gang, minReplicas must be maxReplicas"
     if group.get("resources") and RESERVED_START_PARAMS & set(group.get("rayStartParams", {})):
         yield f"{name}: resources both in resources and rayStartParams"
+    if "labels" in group.get("rayStartParams", {}):
+        yield f"{name}: labels belong beside rayStartParams"
+    if not group["template"]["spec"].get("containers"):
+        yield f"{name}: no containers"
 
 
 def hardening_problems(document: Document) -> Iterator[str]:

@@ -46,6 +46,7 @@ KUBERAY: dict[str, Break] = {
     "suspend": lambda job: job["spec"].update(shutdownAfterJobFinishes=False, suspend=True),
     "backoffLimit": lambda job: job["spec"].update(backoffLimit=-1),
     "InteractiveMode": lambda job: job["spec"].update(submissionMode="InteractiveMode"),
+    "SidecarMode": lambda job: job["spec"].update(submissionMode="SidecarMode"),
     "entrypoint": lambda job: job["spec"].pop("entrypoint"),
     "restartPolicy": lambda job: job["spec"]["submitterPodTemplate"]["spec"].update(
         restartPolicy="Always"
@@ -56,7 +57,9 @@ KUBERAY: dict[str, Break] = {
     "unique": lambda job: group(job, 1).update(groupName="rollout"),
     "minReplicas": lambda job: group(job, 0).update(replicas=2),
     "gang": lambda job: group(job, 2).update(maxReplicas=2),
-    "rayStartParams": lambda job: group(job, 0).update(rayStartParams={"num-cpus": "1"}),
+    "labels": lambda job: group(job, 0).update(rayStartParams={"labels": "pool=rollout"}),
+    "no containers": lambda job: pod(job, 0).pop("containers"),
+    "both in": lambda job: group(job, 0).update(rayStartParams={"num-cpus": "1"}),
 }
 
 

@@ -18,18 +18,25 @@ from tests.deploy.manifests import (
     built,
     kustomizations,
     ray_cluster,
+    templates,
 )
 from tests.deploy.references import pod_labels, reference_problems, selected
 from tests.deploy.rules import hardening_problems, kuberay_problems, pool_problems
 from tests.deploy.schemas import FILES, FOLDER, schema_problems
 from tip_ray.cli import main
-from tip_ray.control.run_directory import check_run_id
+from tip_ray.control.run_directory import (
+    RAY_JOB_VARIABLE,
+    RUN_ROOT_VARIABLE,
+    check_run_id,
+    resolve_run_root,
+)
 
 KUBERNETES = "1.34"
 DOCUMENTS = all_documents()
 RAY = [(name, one) for name, one in DOCUMENTS if one["kind"] in FILES]
 CORE = [(name, one) for name, one in DOCUMENTS if one["kind"] not in FILES]
 JOBS = [(name, one) for name, one in RAY if one["kind"] == "RayJob"]
+PODS = [(name, one) for name, one in DOCUMENTS if list(templates(one))]
 WORKLOADS = [one for one in kustomizations() if not one.startswith(("base", "storage"))]
 
 
@@ -38,11 +45,18 @@ def each(documents: list[tuple[str, Document]]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("document", [one for _, one in documents], ids=names)
 
 
+def shared_with(folder: str) -> tuple[Document, ...]:
+    """What is applied beside a workload."""
+    in_a_bucket = "tip-ray-s3" in str(built(folder))
+    return built("storage/s3" if in_a_bucket else "storage/volume")
+
+
 def test_every_file_is_part_of_a_kustomization() -> None:
     used = set()
     for path in DEPLOY.rglob("kustomization.yaml"):
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         listed = [*content.get("resources", []), *content.get("components", [])]
+        listed += [one["path"] for one in content.get("patches", []) if "path" in one]
         used |= {path, *((path.parent / one).resolve() for one in listed)}
     assert set(DEPLOY.rglob("*.yaml")) <= used
     for name in kustomizations():
@@ -66,16 +80,14 @@ if os.environ.get(FOLDER):
         assert schema_problems(document) == []
 
 
-@each(DOCUMENTS)
+@each(PODS)
 def test_every_pod_is_hardened(document: Document) -> None:
     assert list(hardening_problems(document)) == []
 
 
 @pytest.mark.parametrize("folder", WORKLOADS)
 def test_what_a_workload_names_exists(folder: str) -> None:
-    in_a_bucket = "tip-ray-s3" in str(built(folder))
-    shared = built("storage/s3" if in_a_bucket else "storage/volume")
-    assert list(reference_problems([*shared, *built(folder)])) == []
+    assert list(reference_problems([*shared_with(folder), *built(folder)])) == []
 
 
 @pytest.mark.parametrize("folder", WORKLOADS)
@@ -113,6 +125,17 @@ def test_a_jobs_groups_are_what_its_spec_asks_for(document: Document, tmp_path: 
     cluster = ray_cluster(document)
     assert cluster is not None
     assert list(pool_problems(cluster, spec_of(options, tmp_path))) == []
+
+
+@pytest.mark.parametrize("folder", [one for one in WORKLOADS if "RayJob" in str(built(one))])
+def test_runs_lie_where_the_status_service_looks(folder: str, tmp_path: Path) -> None:
+    told = {one["metadata"]["name"]: one["data"] for one in shared_with(folder) if "data" in one}
+    storage = told["tip-ray-storage"]
+    for job in (one for one in built(folder) if one["kind"] == "RayJob"):
+        options = entrypoint(job)
+        root = options.run_root or spec_of(options, tmp_path).run_root
+        known = {**storage, RAY_JOB_VARIABLE: "{}"}
+        assert resolve_run_root(root, known) == f"{storage[RUN_ROOT_VARIABLE]}/runs"
 
 
 def test_the_long_lived_cluster_fits_what_the_readme_submits(tmp_path: Path) -> None:
