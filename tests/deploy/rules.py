@@ -78,6 +78,8 @@ def _group_problems(group: Document) -> Iterator[str]:
         yield "learner: its ranks are a gang, minReplicas must be maxReplicas"
     if group.get("resources") and RESERVED_START_PARAMS & set(group.get("rayStartParams", {})):
         yield f"{name}: resources both in resources and rayStartParams"
+    if group.get("resources") and not group.get("rayStartParams"):
+        yield f"{name}: rayStartParams is empty, is left out on the way, and takes no resources"
     if "labels" in group.get("rayStartParams", {}):
         yield f"{name}: labels belong beside rayStartParams"
     if not group["template"]["spec"].get("containers"):

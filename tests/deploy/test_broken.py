@@ -57,6 +57,7 @@ KUBERAY: dict[str, Break] = {
     "unique": lambda job: group(job, 1).update(groupName="rollout"),
     "minReplicas": lambda job: group(job, 0).update(replicas=2),
     "gang": lambda job: group(job, 2).update(maxReplicas=2),
+    "takes no resources": lambda job: group(job, 0).update(rayStartParams={}),
     "labels": lambda job: group(job, 0).update(rayStartParams={"labels": "pool=rollout"}),
     "no containers": lambda job: pod(job, 0).pop("containers"),
     "both in": lambda job: group(job, 0).update(rayStartParams={"num-cpus": "1"}),
