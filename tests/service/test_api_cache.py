@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tip_ray.contract.errors import NotFoundError, RunDirectoryError
+from tip_ray.service import api_cache
 from tip_ray.service.api_cache import Cache
 
 MANY = 1 << 30
@@ -47,6 +48,18 @@ def test_threads_wait_for_the_one_that_makes_it() -> None:
         begun.set()
         assert [future.result() for future in futures] == [7] * 8
     assert made == [1]
+
+
+def test_who_waited_for_a_newer_value_does_not_make_an_older_one_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache, make, now = Cache(MANY), Maker(), [1.0]
+    monkeypatch.setattr(api_cache.time, "monotonic", lambda: now[0])
+    values = []
+    for asked_at, stamp in ((1.0, "x"), (5.0, "y"), (3.0, "x"), (6.0, "x")):
+        now[0] = asked_at  # the third asked before the second was made, and waited for it
+        values.append(cache.get("a", stamp, make, lambda _: 1))
+    assert values == [1, 2, 2, 3]
 
 
 def test_a_broken_file_is_read_again_when_it_has_changed_and_an_absent_one_always() -> None:

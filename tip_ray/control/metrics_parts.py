@@ -50,10 +50,13 @@ def merge_parts(parts: Iterable[pa.Table]) -> pa.Table:
         RunDirectoryError: a part is not of metrics.
     """
     rows = pa.concat_tables([METRICS_SCHEMA.empty_table(), *map(_as_metrics, parts)])
+    rows = rows.combine_chunks()
     steps = rows.column("step").to_numpy()
+    if (np.diff(steps) > 0).all():
+        return rows
     # of equal steps np.unique takes the first: from the back, that is the last part's
     _, from_back = np.unique(steps[::-1], return_index=True)
-    return rows.take(pa.array(len(steps) - 1 - from_back)).combine_chunks()
+    return rows.take(pa.array(len(steps) - 1 - from_back))
 
 
 def metrics_part(content: bytes, name: str) -> pa.Table:

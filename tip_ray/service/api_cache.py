@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ _ENTRY_BYTES = 1024  # of an entry whose value is small
 class _Entry:
     lock: threading.Lock = field(default_factory=threading.Lock)
     stamp: Hashable = None
+    begun_at: float = 0.0  # when it began to be made
     value: Any = None
     error: str | None = None
     nbytes: int = 0
@@ -46,15 +48,19 @@ class Cache:
     ) -> Value:
         """The value of `stamp`; several threads that want it wait for one that makes it.
 
+        One that began to be made after this call is new enough, whatever its stamp: else waiting
+        threads with an older stamp each would make theirs again.
+
         Args:
             make: gets the value of an older stamp, if there is one.
 
         Raises:
             RunDirectoryError: `make` did, for this stamp: a broken file is not read again either.
         """
-        entry = self._entry(key)
+        entry, asked_at = self._entry(key), time.monotonic()
         with entry.lock:
-            if entry.stamp != stamp or entry.stamp is None:
+            known = entry.stamp is not None and entry.stamp == stamp
+            if not known and entry.begun_at <= asked_at:
                 self._make(key, entry, stamp, make, nbytes)
             if entry.error is not None:
                 raise RunDirectoryError(entry.error)
@@ -62,6 +68,7 @@ class Cache:
             return value
 
     def _make(self, key: Hashable, entry: _Entry, stamp: Hashable, make: Any, nbytes: Any) -> None:
+        entry.begun_at = time.monotonic()
         try:
             value = make(entry.value)
         except RunDirectoryError as error:

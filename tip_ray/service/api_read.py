@@ -148,9 +148,10 @@ class Runs:
 
     def _listed_here(self) -> Listing:
         statuses, broken = [], []
-        for run_id in self._run_ids_here():
+        for run_id, is_link in self._run_ids_here():
             try:
-                self._check(run_id)
+                if is_link:
+                    self._check(run_id)
                 statuses.append(self._status(run_id))
             except NotFoundError:
                 continue  # another directory, or a run that has not begun
@@ -158,13 +159,14 @@ class Runs:
                 broken.append(str(error))
         return _sorted(statuses, broken)
 
-    def _run_ids_here(self) -> list[str]:
+    def _run_ids_here(self) -> list[tuple[str, bool]]:
+        """With whether each is a link."""
         try:
             with (
                 storage_errors(f"{self.storage.url}: cannot be listed", pass_absent=True),
                 os.scandir(self.storage.root) as entries,
             ):
-                return [entry.name for entry in entries if is_run_id(entry.name)]
+                return [(one.name, one.is_symlink()) for one in entries if is_run_id(one.name)]
         except FileNotFoundError:
             return []
 
