@@ -90,7 +90,8 @@ def test_a_small_vocabulary_narrows_the_support() -> None:
     spec = load_spec(QUICKSTART, {"support.k": 16})
     narrow = make_plan(spec, vocab_size=15).hops[0]
     assert narrow.bytes_a_token == 17 + 8 * 15
-    assert make_plan(spec, vocab_size=50_000).hops == make_plan(spec).hops
+    assert make_plan(spec).hops == make_plan(spec, vocab_size=15).hops  # by the two configs
+    assert make_plan(spec, vocab_size=50_000).hops[0].bytes_a_token == 17 + 8 * 16
 
 
 def test_pools_are_counted_over_their_replicas() -> None:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from tip_ray.commands.begin import plan_lines
+from tip_ray.contract.errors import SpecError
 from tip_ray.contract.spec import RunSpec
 from tip_ray.contract.spec_check import parse_spec
+from tip_ray.control.plan import make_plan
+from tip_ray.control.plan_devices import models_of
+from tip_ray.control.plan_fit import check_fit
 from tip_ray.control.spec_file import load_spec
 
 JOB_SPECS = Path(__file__).parents[2] / "job_specs"
-PAIRS = {  # teacher, student, learning rate, most devices
+PAIRS = {  # teacher, student, learning rate, devices
     "qwen3-8b-to-4b-math": ("Qwen3-8B", "Qwen3-4B", 1e-6, 8),
-    "qwen3-8b-to-4b-math-4gpu": ("Qwen3-8B", "Qwen3-4B", 1e-6, 4),
+    "qwen3-8b-to-4b-math-3gpu": ("Qwen3-8B", "Qwen3-4B", 1e-6, 3),
     "llama3-70b-to-8b-math": ("Llama-3.1-70B-Instruct", "Llama-3.1-8B-Instruct", 3e-7, 8),
-    "qwen2.5-14b-to-1.5b-math": ("Qwen2.5-14B-Instruct", "Qwen2.5-1.5B-Instruct", 1e-6, 8),
+    "qwen2.5-14b-to-1.5b-math": ("Qwen2.5-14B-Instruct", "Qwen2.5-1.5B-Instruct", 1e-6, 4),
 }
 
 
@@ -63,3 +69,84 @@ def test_each_pool_has_a_worker_group_of_its_own(name: str) -> None:
     spec = pair(name)
     asked = [dict(pool.resources) for pool in (spec.rollout, spec.teacher, spec.learner)]
     assert asked == [{"tip_rollout": 1}, {"tip_teacher": 1}, {"tip_learner": 1}]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_plan_is_whole_without_a_network_and_fits(name: str) -> None:
+    spec, devices = pair(name), PAIRS[name][3]
+    plan = make_plan(spec)
+    assert (plan.gpus, plan.unknown) == (devices, ())
+    check_fit(spec, models_of(spec))
+    assert [pool.name for pool in plan.memory] == ["rollout", "teacher", "learner"]
+    assert plan.step_seconds == pytest.approx(sum(plan.seconds.values()))
+    assert plan.weight_sync_bytes is not None
+    assert plan.object_store_bytes is not None
+    shipped = sum(hop.bytes_a_step or 0 for hop in plan.hops)
+    assert plan.object_store_bytes > shipped + 2 * plan.weight_sync_bytes
+    assert not any("known once" in line for line in plan_lines(plan))
+
+
+def refusal(name: str, changes: dict[str, Any]) -> SpecError:
+    spec = load_spec(JOB_SPECS / f"{name}.yaml", changes)
+    with pytest.raises(SpecError) as caught:
+        check_fit(spec, models_of(spec))
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "cure"),
+    [
+        ({"learner.replicas": 1}, "learner.replicas", "set learner.replicas to 2"),
+        (
+            {"learner.gradient_checkpointing": False},
+            "learner.gradient_checkpointing",
+            "set learner.gradient_checkpointing to True",
+        ),
+        (
+            {"learner.micro_batch_tokens": 131072},
+            "learner.micro_batch_tokens",
+            "set learner.micro_batch_tokens to 10240",
+        ),
+        ({"teacher.num_gpus": 1}, "teacher.num_gpus", "set teacher.num_gpus to 2"),
+        (
+            {"rollout.gpu_memory_utilization": 0.1},
+            "rollout.gpu_memory_utilization",
+            "set rollout.gpu_memory_utilization to 0.9",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_smallest_change(
+    changes: dict[str, Any], field: str, cure: str
+) -> None:
+    error = refusal("llama3-70b-to-8b-math", changes)
+    assert error.field == field
+    assert cure in error.cure
+    name, value = cure.removeprefix("set ").split(" to ")
+    cured = load_spec(
+        JOB_SPECS / "llama3-70b-to-8b-math.yaml", changes | {name: yaml.safe_load(value)}
+    )
+    check_fit(cured, models_of(cured))
+
+
+def test_other_devices_are_said_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = load_spec(JOB_SPECS / "llama3-70b-to-8b-math.yaml", {"teacher.num_gpus": 1})
+    monkeypatch.setenv("TIP_RAY_DEVICE_GB", "192")
+    check_fit(spec, models_of(spec))
+    monkeypatch.setenv("TIP_RAY_DEVICE_GB", "24")
+    assert "at most 24.0 GB of a GPU of 24 GB" in str(refusal("llama3-70b-to-8b-math", {}))
+    for wrong in ("much", "0", "-3", "nan"):
+        monkeypatch.setenv("TIP_RAY_DEVICE_GB", wrong)
+        assert refusal("llama3-70b-to-8b-math", {}).field == "TIP_RAY_DEVICE_GB"
+
+
+def test_a_model_that_is_not_known_is_named_and_nothing_is_guessed() -> None:
+    spec = load_spec(JOB_SPECS / "qwen3-8b-to-4b-math.yaml", {"teacher.model": "org/name"})
+    plan = make_plan(spec)
+    assert plan.unknown == ("teacher.model",)
+    assert [pool.name for pool in plan.memory] == ["rollout", "learner"]
+    assert (plan.step_seconds, list(plan.seconds)) == (None, ["rollout", "learner"])
+    said = [line for line in plan_lines(plan) if line.startswith("teacher.model:")]
+    assert len(said) == 1
+    assert "give a local directory" in said[0]
+    check_fit(spec, models_of(spec))

@@ -14,6 +14,8 @@ from tip_ray.commands.output import aligned, printable, write
 from tip_ray.contract.errors import LeaseLostError, RunDirectoryError, SpecError, TipRayError
 from tip_ray.contract.spec import RunSpec
 from tip_ray.control.plan import Plan, make_plan
+from tip_ray.control.plan_devices import Models, models_of
+from tip_ray.control.plan_fit import check_fit
 from tip_ray.control.progress import TerminalProgress, size
 from tip_ray.control.run_directory import RAY_JOB_VARIABLE, RunDirectory, check_run_id, new_run_id
 from tip_ray.control.run_reader import RunReader
@@ -46,20 +48,34 @@ def schema(options: argparse.Namespace) -> int:  # noqa: ARG001
 def validate(options: argparse.Namespace) -> int:
     """Resolve, check, show what differs from the defaults and the plan."""
     spec = load_spec_of(options)
+    write("differs from the defaults")
+    for line in difference_lines(differences(spec)):
+        write(f"  {line}")
+    # Before the models are read: what does not fit need not be downloaded first.
+    planned = _show_plan(spec, "plan")
     from tip_ray.control.preflight import preflight
 
     checked = preflight(spec)
     facts = checked.facts
+    if planned.unknown:
+        models = models_of(spec, facts.student_path, facts.teacher_path)
+        _show_plan(spec, "plan, with the models read", models)
+    write("")
     for line in checked.first_prompt:
         write(printable(line))
-    write("\ndiffers from the defaults")
-    for line in difference_lines(differences(spec)):
-        write(f"  {line}")
-    write("\nplan")
-    for line in plan_lines(make_plan(spec, facts.vocab_size, facts.teacher_hidden)):
-        write(f"  {line}")
     write(f"\n{options.spec}: good")
     return 0
+
+
+def _show_plan(spec: RunSpec, title: str, models: Models | None = None) -> Plan:
+    """Write the plan, and refuse what does not fit."""
+    models = models or models_of(spec)
+    plan = make_plan(spec, models=models)
+    write(f"\n{title}")
+    for line in plan_lines(plan):
+        write(f"  {line}")
+    check_fit(spec, models)
+    return plan
 
 
 def run(options: argparse.Namespace) -> int:
@@ -150,8 +166,35 @@ def plan_lines(plan: Plan) -> list[str]:
     sync = "known once the student is read"
     if plan.weight_sync_bytes is not None:
         sync = f"{size(plan.weight_sync_bytes)} a step and rollout replica"
+    store = "known once both models are read"
+    if plan.object_store_bytes is not None:
+        store = f"{size(plan.object_store_bytes)} at most, over all nodes"
     tokens = f"{plan.rollouts_a_step:,} rollouts, at most {plan.response_tokens_a_step:,} tokens"
-    return [*aligned(pools), "", *aligned(hops), "", f"a step: {tokens}", f"weight sync: {sync}"]
+    lines = [*aligned(pools), "", *_memory_lines(plan), *aligned(hops), ""]
+    lines += [f"a step: {tokens}", f"weight sync: {sync}", f"object store: {store}"]
+    if plan.seconds:
+        each = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in plan.seconds.items())
+        whole = "" if plan.step_seconds is None else f"; a step about {plan.step_seconds:.0f} s"
+        lines.append(f"estimate on {plan.device}, all responses at their longest: {each}{whole}")
+    return lines
+
+
+def _memory_lines(plan: Plan) -> list[str]:
+    """GB (10^9 bytes) a device by pool, and of what."""
+    rows = [("pool", "GB a device", "of", "at most")]
+    for pool in plan.memory:
+        parts = [f"{name} {_gb(part)}" for name, part in pool.parts.items()]
+        limit = f"{_gb(pool.limit_bytes)} GB" if pool.limit_bytes else "no GPU"
+        rows.append((pool.name, _gb(pool.total_bytes), ", ".join(parts), limit))
+    lines = [*aligned(rows), ""] if plan.memory else []
+    for field in plan.unknown:
+        cure = "known once it is read: give a local directory, or let the hub be reached"
+        lines += [f"{field}: architecture not known; its memory and seconds are {cure}", ""]
+    return lines
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.3g}"
 
 
 def load_spec_of(options: argparse.Namespace) -> RunSpec:

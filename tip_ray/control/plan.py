@@ -23,11 +23,26 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from tip_ray import demo
 from tip_ray.contract.spec import LearnerSpec, RolloutSpec, RunSpec, TeacherSpec
-from tip_ray.contract.tables import KEEP, SCORES, rollouts_schema, selected_schema
+from tip_ray.contract.tables import (
+    KEEP,
+    SCORES,
+    rollouts_schema,
+    selected_schema,
+    targets_schema,
+)
+from tip_ray.control.plan_devices import (
+    DTYPE_BYTES,
+    Models,
+    PoolMemory,
+    device_of_plan,
+    models_of,
+    pool_memory,
+    stage_seconds,
+)
+from tip_ray.control.plan_models import local_directory
 
-_DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_WEIGHT_VERSIONS = 2  # at most alive in the object store
 _NOT_GROWING = ("prompt_ids", "teacher_prompt_ids")  # lists, but not of the response
 _OF_EVERY_TOKEN = ("quadrant", "input_ids")  # in KEEP and SELECTED, whether kept or not
 
@@ -61,7 +76,13 @@ class Plan:
     rollouts_a_step: int
     response_tokens_a_step: int  # at most
     hops: tuple[Hop, ...]
-    weight_sync_bytes: int | None  # a step and rollout replica; None: the student is not local
+    weight_sync_bytes: int | None  # a step and rollout replica; None: the student is not known
+    object_store_bytes: float | None  # of all steps in flight, at most; None: a model is not known
+    device: str  # what memory and seconds are of
+    memory: tuple[PoolMemory, ...]  # of the pools whose models are known
+    seconds: dict[str, float]  # a step, by stage on GPUs: an estimate
+    step_seconds: float | None  # one stage after the other with max_lag 0, else the slowest
+    unknown: tuple[str, ...]  # fields whose model's architecture is not known
 
     @property
     def cpus(self) -> int:
@@ -73,22 +94,41 @@ class Plan:
 
 
 def make_plan(
-    spec: RunSpec, vocab_size: int | None = None, teacher_hidden: int | None = None
+    spec: RunSpec,
+    vocab_size: int | None = None,
+    teacher_hidden: int | None = None,
+    models: Models | None = None,
 ) -> Plan:
-    """The plan of `spec`; reads nothing but the headers of a local student's weights, and a local
-    teacher's config.
+    """The plan of `spec`; reads nothing but the headers of a local student's weights, and the
+    configs of local models.
 
     Args:
         vocab_size: the shared vocabulary's, where it is known: K is at most that.
         teacher_hidden: D, where it is known.
+        models: their architectures, where more is known than the spec tells.
     """
+    models, device = models or models_of(spec), device_of_plan()
     tokens = spec.rollouts_per_step * spec.rollout.max_response_tokens
+    known = [own.vocab for own in (models.student, models.teacher) if own is not None]
+    vocab_size = vocab_size or min(known, default=None)
+    if models.teacher:
+        teacher_hidden = teacher_hidden or models.teacher.hidden
+    hops, sync = _hops(spec, tokens, vocab_size, teacher_hidden), _sync_bytes(spec, models)
+    seconds = stage_seconds(spec, models, device)
     return Plan(
         pools=_pools(spec),
         rollouts_a_step=spec.rollouts_per_step,
         response_tokens_a_step=tokens,
-        hops=_hops(spec, tokens, vocab_size, teacher_hidden),
-        weight_sync_bytes=_sync_bytes(spec),
+        hops=hops,
+        weight_sync_bytes=sync,
+        object_store_bytes=_object_store_bytes(
+            spec, hops, tokens, sync, vocab_size, teacher_hidden
+        ),
+        device=device.name,
+        memory=pool_memory(spec, models, device),
+        seconds=seconds,
+        step_seconds=_step_seconds(spec, seconds),
+        unknown=tuple(f"{role}.model" for role, own in vars(models).items() if own is None),
     )
 
 
@@ -149,14 +189,8 @@ def _hop(name: str, schema: pa.Schema | None, retention: float, tokens: int) -> 
 def _selected_schema(spec: RunSpec, k: int, teacher_hidden: int | None) -> pa.Schema | None:
     if spec.teacher.targets == "topk":
         return selected_schema(spec.selected_width(k))
-    width = teacher_hidden or hidden_width(_directory(spec.teacher.model))
+    width = teacher_hidden or hidden_width(local_directory(spec.teacher.model))
     return None if width is None else selected_schema(width, "hidden")
-
-
-def _directory(model: str) -> Path:
-    """Where the checkpoint would lie, if it is local."""
-    known = model.removeprefix(demo.PREFIX) in demo.CHECKPOINTS and model.startswith(demo.PREFIX)
-    return demo.checkpoint_path(model) if known else Path(model)
 
 
 def hidden_width(directory: Path) -> int | None:
@@ -167,9 +201,37 @@ def hidden_width(directory: Path) -> int | None:
     return width if isinstance(width, int) else None
 
 
-def _sync_bytes(spec: RunSpec) -> int | None:
-    parameters = count_parameters(_directory(spec.student.model))
-    return None if parameters is None else parameters * _DTYPE_BYTES[spec.student.dtype]
+def _sync_bytes(spec: RunSpec, models: Models) -> int | None:
+    parameters = count_parameters(local_directory(spec.student.model))
+    if parameters is None and models.student is not None:
+        parameters = models.student.parameters
+    return None if parameters is None else parameters * DTYPE_BYTES[spec.student.dtype]
+
+
+def _object_store_bytes(
+    spec: RunSpec,
+    hops: tuple[Hop, ...],
+    tokens: int,
+    sync_bytes: int | None,
+    vocab_size: int | None,
+    teacher_hidden: int | None,
+) -> float | None:
+    """Every table of every step in flight, TARGETS unpruned, and the versions of the weights."""
+    shipped = [hop.bytes_a_step for hop in hops]
+    width = spec.selected_width(min(spec.support.k, vocab_size or spec.support.k))
+    if spec.teacher.targets == "hidden":
+        width = teacher_hidden or hidden_width(local_directory(spec.teacher.model)) or 0
+    if sync_bytes is None or not width or any(one is None for one in shipped):
+        return None
+    targets = bytes_a_token(targets_schema(width, spec.teacher.targets)) * tokens
+    step = targets + sum(one for one in shipped if one is not None)
+    return (spec.max_lag + 1) * step + _WEIGHT_VERSIONS * sync_bytes
+
+
+def _step_seconds(spec: RunSpec, seconds: dict[str, float]) -> float | None:
+    if len(seconds) < len(("rollout", "teacher", "learner")):
+        return None
+    return sum(seconds.values()) if spec.max_lag == 0 else max(seconds.values())
 
 
 def count_parameters(directory: Path) -> int | None:
