@@ -16,6 +16,7 @@ from tip_ray.control.plan import make_plan
 from tip_ray.control.plan_devices import models_of
 from tip_ray.control.plan_fit import check_fit
 from tip_ray.control.spec_file import load_spec
+from tip_ray.control.templates import TEMPLATES
 
 JOB_SPECS = Path(__file__).parents[2] / "job_specs"
 PAIRS = {  # teacher, student, learning rate, devices
@@ -149,4 +150,20 @@ def test_a_model_that_is_not_known_is_named_and_nothing_is_guessed() -> None:
     said = [line for line in plan_lines(plan) if line.startswith("teacher.model:")]
     assert len(said) == 1
     assert "give a local directory" in said[0]
+    check_fit(spec, models_of(spec))
+
+
+def test_the_learners_peak_hardly_follows_the_retention() -> None:
+    path = JOB_SPECS / "qwen3-8b-to-4b-math-3gpu.yaml"
+    peaks = [
+        make_plan(load_spec(path, {"selection.retention": kept})).memory[-1].total_bytes / 1e9
+        for kept in (1.0, 0.5, 0.2, 0.1)
+    ]
+    assert peaks == sorted(peaks, reverse=True)
+    assert peaks == pytest.approx([71.93, 71.85, 71.80, 71.79], abs=0.02)  # as in RESULTS.md
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_what_init_writes_fits(template: str) -> None:
+    spec = parse_spec(yaml.safe_load(TEMPLATES[template]))
     check_fit(spec, models_of(spec))

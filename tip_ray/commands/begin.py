@@ -181,11 +181,11 @@ def plan_lines(plan: Plan) -> list[str]:
 
 def _memory_lines(plan: Plan) -> list[str]:
     """GB (10^9 bytes) a device by pool, and of what."""
-    rows = [("pool", "GB a device", "of", "at most")]
+    rows = [("pool", "GB a device", "at most", "of")]
     for pool in plan.memory:
         parts = [f"{name} {_gb(part)}" for name, part in pool.parts.items()]
-        limit = f"{_gb(pool.limit_bytes)} GB" if pool.limit_bytes else "no GPU"
-        rows.append((pool.name, _gb(pool.total_bytes), ", ".join(parts), limit))
+        limit = _gb(pool.limit_bytes) if pool.limit_bytes else "no GPU"
+        rows.append((pool.name, _gb(pool.total_bytes), limit, ", ".join(parts)))
     lines = [*aligned(rows), ""] if plan.memory else []
     for field in plan.unknown:
         cure = "known once it is read: give a local directory, or let the hub be reached"
