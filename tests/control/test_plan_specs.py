@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tip_ray.cli import main
 from tip_ray.commands.begin import plan_lines
 from tip_ray.contract.errors import SpecError
 from tip_ray.contract.spec import RunSpec
@@ -167,3 +168,25 @@ def test_the_learners_peak_hardly_follows_the_retention() -> None:
 def test_what_init_writes_fits(template: str) -> None:
     spec = parse_spec(yaml.safe_load(TEMPLATES[template]))
     check_fit(spec, models_of(spec))
+
+
+def test_a_teacher_on_vllm_has_the_engines_share_and_room_for_a_row() -> None:
+    path = JOB_SPECS / "llama3-70b-to-8b-math.yaml"
+    on_vllm = {"teacher.engine": "vllm", "teacher.num_gpus": 4, "teacher.tensor_parallel": 4}
+    teacher = make_plan(load_spec(path, on_vllm)).memory[1]
+    assert teacher.limit_bytes == pytest.approx(0.92 * 80e9)
+    assert teacher.parts["KV cache"] == 10240 * 2 * 80 * 1024 * 2 / 4
+    two = {"teacher.num_gpus": 2, "teacher.tensor_parallel": 2}
+    # 3 would do, but does not divide 8 key and value heads.
+    assert "teacher.tensor_parallel to 4 and" in str(refusal(path.stem, on_vllm | two))
+
+
+def test_validate_shows_the_plan_and_refuses_before_a_model_is_read(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = str(JOB_SPECS / "llama3-70b-to-8b-math.yaml")
+    assert main(["validate", path, "--set", "teacher.num_gpus=1"]) == 2
+    out, err = capsys.readouterr()
+    assert any(line.split()[:2] == ["teacher", "147"] for line in out.splitlines())
+    assert err.count("\n") == 1
+    assert "set teacher.num_gpus to 2" in err

@@ -19,6 +19,7 @@ from tip_ray.control.plan_models import Architecture, architecture_of
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 DEVICE_VARIABLE = "TIP_RAY_DEVICE_GB"  # memory of one GPU in 10^9 bytes, where it is not 80
 _ENGINE_ROWS = 256  # that vLLM samples from at once
+_ENGINE_SHARE = 0.92  # of a device that vLLM takes, its default
 _TRANSFORMERS_CACHE = 32768  # positions, the engine's default
 
 
@@ -150,6 +151,11 @@ def _teacher(spec: RunSpec, model: Architecture, device: Device) -> PoolMemory:
     )
     parts = {"weights": weights, "activations": live, "head chunk": chunk}
     limit = device.memory_bytes if pool.num_gpus else None
+    if pool.engine == "vllm":
+        token = plan_memory.kv_bytes_a_token(model, DTYPE_BYTES[pool.dtype])
+        parts["KV cache"] = longest_row(spec) * token / pool.tensor_parallel  # one row, at least
+        share = pool.engine_args.get("gpu_memory_utilization", _ENGINE_SHARE)
+        limit = limit and limit * share
     return PoolMemory("teacher", pool.num_gpus > 0, parts, limit)
 
 

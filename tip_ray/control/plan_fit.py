@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tip_ray.contract.errors import SpecError
@@ -16,6 +16,7 @@ from tip_ray.control.plan_devices import (
     pool_memory,
 )
 from tip_ray.control.plan_memory import Device
+from tip_ray.control.plan_models import Architecture
 
 _MOST_DEVICES = 1024
 Change = dict[str, Any]  # fields of one pool's section
@@ -64,16 +65,23 @@ def _changes(spec: RunSpec, models: Models, pool: str) -> Iterator[Change]:
     elif pool == "teacher":
         if spec.teacher.max_batch_tokens > longest:
             yield {"max_batch_tokens": longest}
-        parallel = spec.teacher.engine == "vllm"
-        for n in more:
-            if n > spec.teacher.num_gpus:
-                yield {"num_gpus": n} | ({"tensor_parallel": n} if parallel else {})
-    elif models.student is not None and spec.rollout.engine == "vllm":
+        sizes = (n for n in more if n > spec.teacher.num_gpus)
+        if spec.teacher.engine == "transformers":
+            yield from ({"num_gpus": n} for n in sizes)
+        else:
+            yield from _tensor_parallel(models.teacher, sizes)
+    elif spec.rollout.engine == "vllm":
         if spec.rollout.gpu_memory_utilization < 0.9:
             yield {"gpu_memory_utilization": 0.9}
-        for n in more:
-            if n > spec.rollout.tensor_parallel and models.student.kv_heads % n == 0:
-                yield {"tensor_parallel": n, "num_gpus": n}
+        sizes = (n for n in more if n > spec.rollout.tensor_parallel)
+        yield from _tensor_parallel(models.student, sizes)
+
+
+def _tensor_parallel(model: Architecture | None, sizes: Iterable[int]) -> Iterator[Change]:
+    """Of `sizes`, those that share out the key and value heads evenly."""
+    for n in sizes:
+        if model is not None and model.kv_heads % n == 0:
+            yield {"tensor_parallel": n, "num_gpus": n}
 
 
 def _largest(pool: PoolMemory) -> str:
