@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -79,9 +79,9 @@ class Head:
         if self.process.poll() is None:
             self._known |= set(psutil.Process(self.process.pid).children(recursive=True))
         for one in list(self._known):
-            if one.is_running():
+            with suppress(psutil.NoSuchProcess):
                 self._known |= set(one.children(recursive=True))
-        return [one for one in self._known if one.is_running()]
+        return [one for one in self._known if one.is_running() and not _is_zombie(one)]
 
     def driver(self, run_id: str) -> psutil.Process:
         """The process of a run's driver."""
@@ -94,16 +94,14 @@ class Head:
     def stop(self) -> None:
         """End every process, by its id."""
         tree = self.tree()
-        self.process.terminate()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        for one in [*tree, *self.tree()]:
-            if one.is_running():
-                one.kill()
-        psutil.wait_procs(tree, timeout=20)
+        self.process.kill()
+        while tree:
+            for one in tree:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+            psutil.wait_procs(tree, timeout=20)
+            tree = self.tree()
+        self.process.wait()
 
 
 @contextmanager
@@ -123,6 +121,14 @@ def _command(process: psutil.Process) -> list[str]:
         return process.cmdline() or [""]
     except psutil.Error:
         return [""]
+
+
+def _is_zombie(process: psutil.Process) -> bool:
+    """Gone, but for whoever does not ask how it ended."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _free_ports(count: int) -> list[int]:
