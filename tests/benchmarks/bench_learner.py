@@ -12,7 +12,7 @@ Qwen3 with Qwen3's vocabulary, narrow and of two layers, in float32: what is [N,
 on its width. Seconds are CPU seconds of one thread, wall seconds stand in the JSON. A cell that
 would not fit into memory is told so by computation and left out.
 
-    python -m tests.benchmarks.bench_learner --output outputs/bench          # 2k and 8k rows
+    python -m tests.benchmarks.bench_learner --output outputs/bench          # 8k rows, 7 minutes
     python -m tests.benchmarks.bench_learner --output outputs/bench --full   # 1k to 16k
 
 N  rows (input tokens)    D  hidden size    V  vocabulary    K  support    B, T  a batch's shape
@@ -86,7 +86,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--retention", type=float, nargs="+")
     parser.add_argument("--hidden-size", type=int, default=256)
     given = parser.parse_args()
-    given.rows = given.rows or ([1024, 2048, 4096, 8192, 16384] if given.full else [2048, 8192])
+    given.rows = given.rows or ([1024, 2048, 4096, 8192, 16384] if given.full else [8192])
     given.retention = given.retention or ([1.0, 0.5, 0.2, 0.1] if given.full else [1.0, 0.5, 0.1])
     return given
 
