@@ -25,6 +25,7 @@ def schema_problems(document: Document) -> list[str]:
 @functools.cache
 def _validator(kind: str) -> Any:
     path = Path(os.environ[FOLDER]) / FILES[kind]
+    # safe_load with libyaml: the definitions are megabytes long.
     definition = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
     (version,) = (one for one in definition["spec"]["versions"] if one["name"] == "v1")
     return jsonschema.Draft202012Validator(closed(version["schema"]["openAPIV3Schema"]))

@@ -19,7 +19,7 @@ def job(state: str, attempt: int = 1, **changes: Any) -> Job:
     """A job that was submitted a minute ago, and has ended five seconds ago if it has."""
     ended = {} if state in ("PENDING", "RUNNING") else {"ended_at": NOW - 5}
     values = {"entrypoint": ENTRYPOINT, "submitted_at": NOW - 60, **ended, **changes}
-    return Job(submission_id=f"a-run-a{attempt}", state=state, **values)  # type: ignore[arg-type]
+    return Job(submission_id=f"a-run-a{attempt}", state=state, **values)
 
 
 def status(

@@ -46,7 +46,7 @@ def quickstart(**overrides: Any) -> RunSpec:
 
 def submitted(root: Path, *known: Job, **overrides: Any) -> tuple[Jobs, list[str]]:
     jobs, notices = Jobs(*known), []
-    submit_run(jobs, str(root), quickstart(**overrides), "a-run", notices.append)  # type: ignore[arg-type]
+    submit_run(jobs, str(root), quickstart(**overrides), "a-run", notices.append)
     return jobs, notices
 
 
@@ -121,7 +121,7 @@ def test_a_driver_that_still_clears_up_is_waited_for(tmp_path: Path) -> None:
     made_run(tmp_path, "a-run", steps=40).write_status(ended)
     jobs = Jobs(job("RUNNING"))
     jobs.later = {"state": "FAILED"}
-    submit_run(jobs, str(tmp_path), quickstart(), "a-run", pytest.fail)  # type: ignore[arg-type]
+    submit_run(jobs, str(tmp_path), quickstart(), "a-run", pytest.fail)
     assert [sent[0] for sent in jobs.sent] == ["a-run-a2"]
 
 
@@ -132,7 +132,7 @@ def test_jobs_that_write_elsewhere_are_not_listed(tmp_path: Path) -> None:
         Job("here-a1", "PENDING", words.format("here", tmp_path), 2.0),
         Job("there-a1", "PENDING", words.format("there", "/elsewhere"), 3.0),
     ]
-    runs = ClusterRuns(Jobs(*known), str(tmp_path), pytest.fail)  # type: ignore[arg-type]
+    runs = ClusterRuns(Jobs(*known), str(tmp_path), pytest.fail)
     found = {run.run_id: run.state.value for run in runs.runs()}
     assert found == {"a-run": "SUCCEEDED", "here": "PENDING"}
 
