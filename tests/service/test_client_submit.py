@@ -70,6 +70,16 @@ def test_only_the_resolved_spec_travels(tmp_path: Path) -> None:
     assert set(metadata) == {"name", "steps", "spec_sha256"}
 
 
+def test_the_devices_that_were_planned_for_travel_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIP_RAY_DEVICE_GB", "141")
+    ((job_id, entrypoint, _, _),) = submitted(tmp_path)[0].sent
+    assert entrypoint.startswith("env TIP_RAY_DEVICE_GB=141 tip-ray run spec.yaml --run-id a-run ")
+    sent = Job(job_id, "RUNNING", entrypoint, 0.0)
+    assert (sent.run_id, sent.run_root, sent.attempt) == ("a-run", str(tmp_path), 1)
+
+
 def test_a_secret_in_the_spec_is_refused_by_its_field() -> None:
     check_travels(quickstart())
     for field, value in {

@@ -125,11 +125,14 @@ def test_what_cannot_be_found_is_one_line(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_another_machine_fetches_for_itself(tmp_path: Path) -> None:
-    path = save_config(tmp_path / "m")
-    upload(path, "memory://models/elsewhere")
-    there = path_on_this_node("/only/on/the/driver", "memory://models/elsewhere", None, "f")
+    path, url = save_model(tmp_path / "m"), "memory://models/elsewhere"
+    upload(path, url)
+    there = path_on_this_node("/only/on/the/driver", url, None, "f")
     assert load_config(there).vocab_size == 32
-    assert path_on_this_node(path, "memory://models/elsewhere", None, "f") == path
+    assert path_on_this_node(path, url, None, "f") == path
+    looked_at = local_model_path(url, weights=False)
+    assert not list(Path(looked_at).glob("*.safetensors"))
+    assert path_on_this_node(looked_at, url, None, "f") == there
 
 
 # Loading

@@ -24,7 +24,7 @@ from tip_ray.control.crew import Stages, close_stages, make_stages, start_stages
 from tip_ray.control.journal import Journal
 from tip_ray.control.lease import begin, take_over
 from tip_ray.control.placement import demand, total_cpus
-from tip_ray.control.preflight import Preflight, preflight
+from tip_ray.control.preflight import Preflight, ready_to_start
 from tip_ray.control.progress import Progress
 from tip_ray.control.run_directory import RunDirectory, check_run_id, new_run_id
 from tip_ray.control.signals import stopped_by_signals
@@ -64,7 +64,7 @@ def run(
     if lease is not None and lease.status.state is RunState.SUCCEEDED:
         progress.message(f"{run_id} has succeeded before; nothing to do")
         return lease.status
-    checked = preflight(spec)
+    checked = ready_to_start(spec)
     lease = lease or begin(spec, run_id)
     lease.claim(spec)
     directory = lease.directory

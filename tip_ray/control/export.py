@@ -40,7 +40,7 @@ def export_checkpoint(
     checkpoints = Checkpoints(reader.storage, keep=1)
     manifest = _manifest(reader, checkpoints, step, warn)
     student = _student(reader)
-    path = local_model_path(student.model, student.revision, "student.model")
+    path = local_model_path(student.model, student.revision, "student.model", weights=False)
     parameters = read_parameters(checkpoints.url(manifest.step))
     with storage_errors(f"{url}: cannot be written"):
         write_export(url, path, _groups(parameters, student.dtype), student.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -11,9 +11,16 @@ from transformers import PreTrainedTokenizerBase
 from tip_ray.compute.rules import find_rule
 from tip_ray.compute.scorers import scorer
 from tip_ray.contract.spec import EvaluationSpec, RunSpec
+from tip_ray.control.plan_devices import models_of
+from tip_ray.control.plan_fit import check_fit
 from tip_ray.control.trackers import check_trackers
 from tip_ray.stages.models import load_tokenizer
-from tip_ray.stages.pair_checks import PairFacts, check_pair, describe_first_prompt
+from tip_ray.stages.pair_checks import (
+    PairFacts,
+    check_pair,
+    describe_first_prompt,
+    with_weights,
+)
 from tip_ray.stages.prompts import PromptSource, evaluation_prompts
 
 
@@ -30,6 +37,8 @@ class Preflight:
 
 def preflight(spec: RunSpec) -> Preflight:
     """Check models, tokenizers, prompts and evaluations of `spec`; starts nothing.
+
+    Weights are neither read nor downloaded.
 
     Raises:
         UserError: one line with field, found, expected and cure.
@@ -52,6 +61,20 @@ def preflight(spec: RunSpec) -> Preflight:
     )
     problems = {entry.name: _problems(spec, entry, tokenizer) for entry in spec.evaluation}
     return Preflight(facts, tokenizer, source, problems, _first_prompt(source, tokenizer, facts))
+
+
+def ready_to_start(spec: RunSpec) -> Preflight:
+    """Refuse what does not fit its devices or is wrong otherwise, then download the weights.
+
+    Raises:
+        UserError: one line with field, found, expected and cure.
+    """
+    check_fit(spec, models_of(spec))
+    checked = preflight(spec)
+    facts = checked.facts
+    # Again: now their configs say what models are that the spec names only.
+    check_fit(spec, models_of(spec, facts.student_path, facts.teacher_path))
+    return replace(checked, facts=with_weights(spec, facts))
 
 
 def _scorers(spec: RunSpec) -> dict[str, str]:

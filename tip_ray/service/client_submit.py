@@ -15,6 +15,7 @@ from tip_ray.contract.errors import NotFoundError, NotInTimeError, SpecError
 from tip_ray.contract.run_state import RunState, RunStatus
 from tip_ray.contract.spec import RunSpec
 from tip_ray.contract.spec_check import parse_spec
+from tip_ray.control.plan_devices import DEVICE_VARIABLE
 from tip_ray.control.run_directory import SPEC
 from tip_ray.control.run_reader import RunReader
 from tip_ray.control.spec_file import check_resume, dump_spec, load_spec, redacted
@@ -57,6 +58,8 @@ def submit_run(jobs: RayJobs, run_root: str, spec: RunSpec, run_id: str, notice:
     _await_end(jobs, driving)
     attempt = 1 + max((job.attempt for job in jobs.all() if job.run_id == run_id), default=0)
     words = ["tip-ray", "run", SPEC, "--run-id", run_id, "--run-root", run_root]
+    if devices := os.environ.get(DEVICE_VARIABLE):  # what it was validated for
+        words = ["env", f"{DEVICE_VARIABLE}={devices}", *words]
     metadata = {"name": spec.name, "steps": str(spec.steps), _DIGEST: name}
     jobs.submit(submission_id(run_id, attempt), shlex.join(words), (name, content), metadata)
 

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -32,8 +33,10 @@ from tip_ray import demo
 from tip_ray.contract.errors import SpecError
 from tip_ray.stages.reading import one_line, readable
 
+# Config, tokenizer and code: kilobytes to a few megabytes of a checkpoint.
+_DESCRIPTION = (".json", ".txt", ".model", ".jinja", ".py")
 # Weights as safetensors only: a pickle runs code when it is opened.
-_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".py")
+_WHOLE = (*_DESCRIPTION, ".safetensors")
 _COMPLETE = ".complete"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
@@ -48,13 +51,16 @@ _FOREIGN_HEADS = (
 )
 
 
-def local_model_path(model: str, revision: str | None = None, field: str = "model") -> str:
+def local_model_path(
+    model: str, revision: str | None = None, field: str = "model", *, weights: bool = True
+) -> str:
     """The local directory of a checkpoint, downloaded first if need be.
 
     Args:
         model: `demo:NAME`, a directory, an fsspec URL of a directory, or a hub id.
         revision: branch, tag or commit of a hub id.
         field: the spec's name for `model`, for errors.
+        weights: False where config and tokenizer are enough: nothing else is downloaded.
 
     Raises:
         SpecError: nothing is there, it cannot be reached, or it is no checkpoint.
@@ -66,9 +72,9 @@ def local_model_path(model: str, revision: str | None = None, field: str = "mode
     if model.startswith(demo.PREFIX):
         path = _demo_path(model, field)
     elif "://" in model:
-        path = _fetched(model, field)
+        path = _fetched(model, field, _WHOLE if weights else _DESCRIPTION)
     elif is_hub:
-        path = _from_hub(model, revision, field)
+        path = _from_hub(model, revision, field, _WHOLE if weights else _DESCRIPTION)
     else:
         path = Path(model)
     if not (path / "config.json").is_file():
@@ -80,10 +86,17 @@ def local_model_path(model: str, revision: str | None = None, field: str = "mode
 def path_on_this_node(path: str, model: str, revision: str | None, field: str) -> str:
     """`path`, resolved by the driver, or the model fetched again where that is another machine.
 
+    There the same directory may lie without weights: of a model that was only looked at.
+
     Raises:
         SpecError: as `local_model_path`.
     """
-    return path if Path(path).is_dir() else local_model_path(model, revision, field)
+    return path if has_weights(path) else local_model_path(model, revision, field)
+
+
+def has_weights(path: str) -> bool:
+    """Whether a local directory holds safetensors."""
+    return any(Path(path).glob("*.safetensors"))
 
 
 def _demo_path(model: str, field: str) -> Path:
@@ -94,11 +107,11 @@ def _demo_path(model: str, field: str) -> Path:
         raise SpecError(field, repr(model), known) from None
 
 
-def _from_hub(model: str, revision: str | None, field: str) -> Path:
+def _from_hub(model: str, revision: str | None, field: str, suffixes: Sequence[str]) -> Path:
     expected = "a directory, a URL or a hub id"
     if not _HUB_ID.fullmatch(model):
         raise SpecError(field, f"{model!r}, which does not exist", expected, "check the path")
-    patterns = [f"*{suffix}" for suffix in _SUFFIXES]
+    patterns = [f"*{suffix}" for suffix in suffixes]
     try:
         found = huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns)
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
@@ -108,13 +121,13 @@ def _from_hub(model: str, revision: str | None, field: str) -> Path:
     return Path(found)
 
 
-def _fetched(url: str, field: str) -> Path:
-    """The local copy of a directory at an fsspec URL; downloaded once, whole or not at all."""
+def _fetched(url: str, field: str, suffixes: Sequence[str]) -> Path:
+    """The local copy of such files of an fsspec URL's directory; downloaded once, all or none."""
     if url.startswith(("file://", "local://")):
         return Path(fsspec.core.strip_protocol(url))
     with readable(field, url, "a readable directory", "check the URL and its login"):
         fs, root = fsspec.core.url_to_fs(url)
-        files = _wanted(fs.find(root, detail=True), root, field)
+        files = _wanted(fs.find(root, detail=True), root, field, suffixes)
     if not files:
         raise SpecError(field, f"nothing at {url}", "a checkpoint directory", "check the URL")
     digest = hashlib.blake2b(digest_size=12)
@@ -135,14 +148,16 @@ def model_cache() -> Path:
     return Path(base).expanduser() / "models"
 
 
-def _wanted(found: dict[str, dict[str, Any]], root: str, field: str) -> dict[str, dict[str, Any]]:
-    """Path inside the checkpoint -> the file's info, for the files that loading needs."""
+def _wanted(
+    found: dict[str, dict[str, Any]], root: str, field: str, suffixes: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Path inside the checkpoint -> the file's info, for the files with one of `suffixes`."""
     wanted = {}
     for name, info in found.items():
         inside = PurePosixPath(name).relative_to(PurePosixPath(root))
         if ".." in inside.parts or inside.is_absolute():
             raise SpecError(field, f"a file named {inside}", "names inside the directory")
-        if inside.suffix in _SUFFIXES:
+        if inside.suffix in suffixes:
             wanted[str(inside)] = info
     return wanted
 

@@ -6,7 +6,7 @@ V  rows of an LM head; the shared vocabulary is the smaller of the two
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from tip_ray.contract.errors import ModelMismatchError, SpecError
 from tip_ray.contract.spec import RunSpec
 from tip_ray.stages.models import (
+    has_weights,
     load_config,
     load_tokenizer,
     local_model_path,
@@ -35,7 +36,9 @@ _PROBES = (
 class PairFacts:
     """What the stages need to know of the pair."""
 
-    student_path: str  # local checkpoint directories, on the machine that made the check
+    # Local checkpoint directories, on the machine that made the check; of a hub id or a URL with
+    # its weights only after `with_weights`.
+    student_path: str
     teacher_path: str
     vocab_size: int  # shared: ids at or above it exist in one padded head only
     support_k: int  # support.k, at most the vocabulary
@@ -58,7 +61,7 @@ class _Side:
 
 
 def check_pair(spec: RunSpec) -> PairFacts:
-    """Check that the models of `spec` can be paired; reads no weights.
+    """Check that the models of `spec` can be paired; reads and downloads no weights.
 
     Raises:
         SpecError: a model or the first prompt cannot be read, or lengths do not fit.
@@ -89,10 +92,27 @@ def check_pair(spec: RunSpec) -> PairFacts:
     )
 
 
+def with_weights(spec: RunSpec, facts: PairFacts) -> PairFacts:
+    """`facts` of checkpoints that lie on this machine whole, downloaded first if need be.
+
+    Raises:
+        SpecError: one cannot be reached, or has no safetensors.
+    """
+    paths = {}
+    for role, part in (("student", spec.student), ("teacher", spec.teacher)):
+        path = local_model_path(part.model, part.revision, f"{role}.model")
+        if not has_weights(path):
+            found, expected = f"no *.safetensors in {part.model}", "a checkpoint with its weights"
+            cure = "save_pretrained writes them; of a hub id, let the hub be reached"
+            raise SpecError(f"{role}.model", found, expected, cure)
+        paths[f"{role}_path"] = path
+    return replace(facts, **paths)
+
+
 def _side(role: str, spec: RunSpec) -> _Side:
     part = spec.student if role == "student" else spec.teacher
     field = f"{role}.model"
-    path = local_model_path(part.model, part.revision, field)
+    path = local_model_path(part.model, part.revision, field, weights=False)
     config = load_config(path, part.trust_remote_code, field)
     refuse_foreign_head(config, field)
     tokenizer = load_tokenizer(path, part.trust_remote_code, field)
