@@ -16,10 +16,11 @@ import yaml
 from tests.deploy.entrypoints import entrypoint, spec_of
 from tests.deploy.manifests import DEPLOY, Document, built, kustomized, ray_cluster
 from tests.deploy.references import pod_labels, reference_problems, selected
+from tests.deploy.rooms import room_problems
 from tests.deploy.rules import hardening_problems, kuberay_problems, pool_problems
 from tests.deploy.schemas import FOLDER, closed, schema_problems
 
-Break = Callable[[Any], Any]
+Break = Callable[..., Any]
 
 
 @pytest.fixture
@@ -110,6 +111,33 @@ def test_pools(job: Document, word: str, tmp_path: Path) -> None:
     cluster = ray_cluster(job)
     assert cluster is not None
     assert any(word in one for one in pool_problems(cluster, spec_of(entrypoint(job), tmp_path)))
+
+
+ROOMS: dict[str, Break] = {
+    "head: scratch of 10.7 GB, at least 24.4": lambda head, *_: shrink(head, scratch="10Gi"),
+    "rollout: object store of 12.9 GB, at least 16.1": lambda _, one, *__: shrink(one, "40Gi"),
+    "teacher: scratch of 10.7 GB, at least 16.4": lambda *pods: shrink(pods[2], scratch="10Gi"),
+    "teacher: memory of 8.6 GB, at least 16.4": lambda *pods: shrink(pods[2], "8Gi"),
+    "learner: memory of 60.1 GB, at least 64.4": lambda *pods: shrink(pods[3], "56Gi"),
+}
+
+
+def shrink(pod: Document, memory: str | None = None, scratch: str = "200Gi") -> None:
+    pod["volumes"][1]["emptyDir"]["sizeLimit"] = scratch
+    if memory is not None:
+        pod["containers"][0]["resources"]["limits"]["memory"] = memory
+
+
+@pytest.mark.parametrize("words", ROOMS)
+def test_rooms(words: str, tmp_path: Path) -> None:
+    (document,) = (one for one in built("qwen3-8b-to-4b-math") if one["kind"] == "RayJob")
+    broken = copy.deepcopy(document)
+    cluster = ray_cluster(broken)
+    assert cluster is not None
+    of_head = cluster["headGroupSpec"]["template"]["spec"]
+    ROOMS[words](of_head, *(pod(broken, index) for index in range(3)))
+    (problem,) = room_problems(cluster, spec_of(entrypoint(broken), tmp_path))
+    assert problem.startswith(words)
 
 
 REFERENCES: dict[str, Break] = {

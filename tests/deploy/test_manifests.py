@@ -21,6 +21,7 @@ from tests.deploy.manifests import (
     templates,
 )
 from tests.deploy.references import pod_labels, reference_problems, selected
+from tests.deploy.rooms import room_problems
 from tests.deploy.rules import hardening_problems, kuberay_problems, pool_problems
 from tests.deploy.schemas import FILES, FOLDER, schema_problems
 from tip_ray.cli import main
@@ -124,7 +125,9 @@ def test_a_jobs_groups_are_what_its_spec_asks_for(document: Document, tmp_path: 
     assert check_run_id(options.run_id)  # literal: a retry on a new cluster resumes
     cluster = ray_cluster(document)
     assert cluster is not None
-    assert list(pool_problems(cluster, spec_of(options, tmp_path))) == []
+    spec = spec_of(options, tmp_path)
+    assert list(pool_problems(cluster, spec)) == []
+    assert list(room_problems(cluster, spec)) == []
 
 
 @pytest.mark.parametrize("folder", [one for one in WORKLOADS if "RayJob" in str(built(one))])
@@ -157,8 +160,9 @@ def test_the_quickstarts_entrypoint_validates(
     assert "good" in capsys.readouterr().out
 
 
-def test_the_config_map_holds_the_specs_as_they_are() -> None:
+def test_the_config_map_holds_every_spec_as_it_is() -> None:
     (specs,) = (one for one in built("base") if one["metadata"]["name"] == "tip-ray-job-specs")
+    assert set(specs["data"]) == {path.name for path in (REPOSITORY / "job_specs").glob("*.yaml")}
     for name, text in specs["data"].items():
         assert text == (REPOSITORY / "job_specs" / name).read_text(encoding="utf-8")
 
