@@ -55,12 +55,12 @@ def test_it_loads_neither_torch_nor_ray_nor_vllm() -> None:
     ("content", "found"),
     [
         (None, "No such file"),
-        (b"", "with none"),
-        (b"\n \n", "with none"),
-        (b"two words", "unusable"),
-        (b"two\nlines", "unusable"),
-        ("schl\u00fcssel".encode(), "unusable"),
-        (b"\xff\xfe", "not text"),
+        (b"", "holds no token"),
+        (b"\n \n", "holds no token"),
+        (b"two words", "holds no token"),
+        (b"two\nlines", "holds no token"),
+        ("schl\u00fcssel".encode(), "holds no token"),
+        (b"\xff\xfe", "holds no token"),
     ],
 )
 def test_a_token_file_without_a_token_is_refused(
@@ -73,7 +73,7 @@ def test_a_token_file_without_a_token_is_refused(
     assert main(["serve", *root, "--token-file", str(file)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("error: --token-file: found ")
+    assert err.startswith(f"error: token_file: {file} ")
     assert found in err
     assert len(err.splitlines()) == 1
 

@@ -119,10 +119,11 @@ class _Ending:
 
     def write_report(self, directory: RunDirectory) -> None:
         """report.html; its failure is told but does not fail the run."""
+        from tip_ray.service.client_run import DirectoryRun
         from tip_ray.service.report import write_report
 
         try:
-            self._report = write_report([RunReader(directory.url)])
+            self._report = write_report([DirectoryRun(directory.url)])
         except (TipRayError, OSError) as error:
             self._problem = f"no report: {error}"
 

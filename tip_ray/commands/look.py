@@ -123,8 +123,8 @@ def metrics(options: argparse.Namespace) -> int:
         rows = [{k: _finite(v) for k, v in row.items()} for row in table.to_pylist()]
         write(json.dumps(rows, indent=1))
     else:
-        rows = [_cells(row) for row in table.to_pylist()]
-        write_table(tuple(_SHOWN.values()), rows, "; --format csv has all")
+        cells = [_cells(row) for row in table.to_pylist()]
+        write_table(tuple(_SHOWN.values()), cells, "; --format csv has all")
     return 0
 
 

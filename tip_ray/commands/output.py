@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -43,7 +43,7 @@ def write_table(header: Sequence[str], rows: Sequence[Sequence[str]], more: str 
     table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
     for column in range(shown):
         numbers = all(row[column][:1].isdigit() or row[column] == "-" for row in cells)
-        justify = "right" if numbers and cells else "left"
+        justify: JustifyMethod = "right" if numbers and cells else "left"
         table.add_column(Text(header[column]), justify=justify, overflow="fold")
     for row in cells:
         table.add_row(*(Text(cell) for cell in row[:shown]))

@@ -7,15 +7,13 @@ import ipaddress
 import secrets
 import socket
 import sys
-from pathlib import Path
 
 from tip_ray.commands.begin import from_here
 from tip_ray.commands.output import warn, write
-from tip_ray.contract.errors import SpecError
 from tip_ray.service.api import make_app
-from tip_ray.service.api_guard import check_token
 from tip_ray.service.api_read import Runs
 from tip_ray.service.api_server import listen, make_server
+from tip_ray.service.client_token import read_token
 
 _GUESSED_SOON = 16  # characters of a token
 _SWITCH_S = 0.001  # an answer takes its thread 2 ms: the event loop must not wait for Python's 5
@@ -45,15 +43,7 @@ def run(options: argparse.Namespace) -> int:
 def _token(file: str | None) -> str:
     if file is None:
         return secrets.token_urlsafe(32)
-    try:
-        text = Path(file).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text"
-        raise SpecError("--token-file", f"{file} ({reason})", "a file with the token") from None
-    try:
-        token = check_token(text)
-    except SpecError as error:
-        raise SpecError("--token-file", f"{file} with {error.found}", error.expected) from None
+    token = read_token(file)
     if len(token) < _GUESSED_SOON:
         warn(f"--token-file: a token of {len(token)} characters is soon guessed: make it longer")
     return token
