@@ -275,12 +275,14 @@ def test_an_export_replaces_the_one_before_whole(path, actor, tmp_path) -> None:
 
 
 def test_an_export_that_fails_leaves_the_one_before(path, actor, tmp_path) -> None:
-    target = tmp_path / "export"
+    target, broken = tmp_path / "export", tmp_path / "broken"
+    broken.mkdir()
+    (broken / "model.safetensors").touch()
     names = actor.export(str(target), path)
     with pytest.raises(FileNotFoundError):
-        actor.export(str(target), str(tmp_path))  # no config.json there
+        actor.export(str(target), str(broken))  # no config.json there
     assert sorted(file.name for file in target.iterdir()) == names
-    assert list(tmp_path.iterdir()) == [target]
+    assert set(tmp_path.iterdir()) == {target, broken}
 
 
 def test_an_export_to_an_object_store_ends_with_config_json(path, actor) -> None:
