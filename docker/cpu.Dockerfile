@@ -16,30 +16,31 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/tip-ray/venv
 ENV PATH=/opt/tip-ray/venv/bin:$PATH
-WORKDIR /src
 
 # Everything that tip-ray needs, in a layer that only these two files change. No text model needs
 # torchvision and its like, whose builds may not fit this torch.
+WORKDIR /needed
 COPY pyproject.toml constraints.txt ./
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     mkdir tip_ray && touch tip_ray/__init__.py README.md LICENSE \
     && pip install --no-cache-dir --constraint constraints.txt '.[cpu,math,s3]' \
     && pip uninstall --yes torchvision torchaudio torchcodec
 
-COPY README.md LICENSE ./
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
 COPY tip_ray tip_ray
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
-    pip install --no-cache-dir --no-deps --force-reinstall . \
-    && python -c 'import vllm, transformers.models.llama.modeling_llama, tip_ray.cli'
+    pip install --no-cache-dir --no-deps --force-reinstall .
 
 FROM ${BASE_IMAGE}
 LABEL org.opencontainers.image.title="tip-ray" \
       org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.licenses="Apache-2.0"
-# KubeRay starts and probes Ray with bash and wget; torch and vLLM ask for the user's name.
+# KubeRay starts and probes Ray with bash and wget; vLLM's kernels link to libnuma; torch and vLLM
+# ask for the user's name.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends bash ca-certificates python3 wget \
+    && apt-get install --yes --no-install-recommends bash ca-certificates libnuma1 python3 wget \
     && rm -rf /var/lib/apt/lists/* \
     && groupadd --gid 1000 tip-ray \
     && useradd --uid 1000 --gid 1000 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin tip-ray
@@ -51,4 +52,6 @@ ENV PATH=/opt/tip-ray/venv/bin:$PATH \
     RAY_USAGE_STATS_ENABLED=0
 WORKDIR /tmp
 USER 1000:1000
+RUN --mount=type=tmpfs,target=/tmp \
+    tip-ray validate /opt/tip-ray/job_specs/quickstart.yaml && python -c 'import torch, vllm._C'
 CMD ["tip-ray", "--help"]

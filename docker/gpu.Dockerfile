@@ -17,15 +17,16 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/tip-ray/venv
 ENV PATH=/opt/tip-ray/venv/bin:$PATH
-WORKDIR /src
 
 # Everything that tip-ray needs, in a layer that only these two files change.
+WORKDIR /needed
 COPY pyproject.toml constraints.txt ./
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     mkdir tip_ray && touch tip_ray/__init__.py README.md LICENSE \
     && pip install --no-cache-dir --constraint constraints.txt '.[gpu,math,s3]'
 
-COPY README.md LICENSE ./
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
 COPY tip_ray tip_ray
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     pip install --no-cache-dir --no-deps --force-reinstall .
@@ -55,4 +56,5 @@ ENV PATH=/opt/tip-ray/venv/bin:$PATH \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 WORKDIR /tmp
 USER 1000:1000
+RUN --mount=type=tmpfs,target=/tmp tip-ray validate /opt/tip-ray/job_specs/quickstart.yaml
 CMD ["tip-ray", "--help"]
