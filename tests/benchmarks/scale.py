@@ -29,7 +29,7 @@ from tests.benchmarks.common import print_table, write_json
 from tests.benchmarks.memory import in_fresh_process
 from tests.benchmarks.scale_cluster import GIB, Stores, cluster, looks, stored, watched
 from tests.benchmarks.scale_cluster import system_processes as system
-from tests.benchmarks.scale_run import Crew, Shape, figures, spec_of, with_rows
+from tests.benchmarks.scale_run import Crew, Marks, Shape, figures, spec_of, with_rows
 from tests.benchmarks.scale_stages import MIN_ROWS, Load, Made, make_contents
 
 MIB = 1 << 20
@@ -121,7 +121,7 @@ def measure(family: Family, replicas: int, steps: int) -> list[dict[str, Any]]:
 
 def _measure(crew: Crew, case: Case, replicas: int, steps: int, watch: Path) -> dict[str, Any]:
     before, faults = stored(), len(crew.events)
-    marks, _ = crew.run(case.load, steps=steps, max_lag=case.max_lag, system=system())
+    marks, _ = crew.run(case.load, steps=steps, max_lag=case.max_lag, marks=Marks(system()))
     after = stored()
     seen = looks(watch, marks[0].at, marks[-1].at)
     return {

@@ -81,7 +81,7 @@ class Mark:
 class Marks(SilentProgress):
     """Told of every step by the journal."""
 
-    def __init__(self, system: Sequence[psutil.Process]) -> None:
+    def __init__(self, system: Sequence[psutil.Process] = ()) -> None:
         self.marks: list[Mark] = []
         self._system = system
 
@@ -153,7 +153,7 @@ class Crew:
         return cls(spec, made, stages, groups, loop, events)
 
     def run(
-        self, load: Load, *, steps: int, max_lag: int, system: Sequence[psutil.Process] = ()
+        self, load: Load, *, steps: int, max_lag: int, marks: Marks | None = None
     ) -> tuple[list[Mark], RunReader]:
         """`steps` steps of `load`: the clocks at the end of each, and the run's directory."""
         load.put(self.made.directory)
@@ -164,7 +164,7 @@ class Crew:
         spec = self.spec.model_copy(
             update=update | {"run_root": tempfile.mkdtemp(dir=self.made.directory)}
         )
-        return self.loop.run(self._run(spec, Marks(system)))
+        return self.loop.run(self._run(spec, marks or Marks()))
 
     async def _run(self, spec: RunSpec, marks: Marks) -> tuple[list[Mark], RunReader]:
         tokenizer = load_tokenizer(str(checkpoint_path("carry-student")))

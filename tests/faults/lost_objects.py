@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import os
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,11 @@ class Worker:
 
     def read(self, table: Any) -> tuple[float]:
         return float(table.sum())
+
+    def stream(self, count: int) -> Iterator[Any]:
+        for number in range(count):
+            yield number
+            yield np.full(10**5, number)
 
     def weights(self) -> WeightGroup:
         return WeightGroup.pack({"w": torch.ones(10**5)})
@@ -84,6 +90,7 @@ async def go(nodes: Nodes) -> None:
     stays, goes, moves = pool(ids[0]), pool(ids[1]), pool(ids[1], then=ids[0])
     gang = Gang("gang", lambda _: on(ids[0]).remote(), 2, timeout_s=60)
     await asyncio.gather(stays.start(), goes.start(), moves.start(), gang.start())
+    await tables_stay(goes, gang, ids)
     table = (await goes.call("make", returns=2)).refs[0]
     assert (await stays.call("read", table, returns=1)).header == 10**5
     heavy = on(ids[1]).remote()
@@ -94,6 +101,16 @@ async def go(nodes: Nodes) -> None:
     nodes.lose(ids[1])
     await lost_tables(stays, gang, table)
     await lost_weights(moves)
+
+
+async def tables_stay(goes: Pool, gang: Gang, ids: list[str]) -> None:
+    """What a stream yields is waited for, and not brought to the driver's node."""
+    work = iter([(3,), None])
+    from_pool = [one.refs[0] async for one in goes.stream("stream", lambda: next(work))]
+    from_gang = [ref for _, ref in await gang.stream("stream", 3)]
+    for refs, home in ((from_pool, ids[1]), (from_gang, ids[0])):
+        places = ray.experimental.get_object_locations(refs)
+        assert [places[ref]["node_ids"] for ref in refs] == [[home]] * 3, places
 
 
 async def lost_tables(stays: Pool, gang: Gang, table: Any) -> None:
