@@ -114,6 +114,7 @@ class Pipeline:
             trace = prepared.trace
             trace.seconds_learner_waiting = time.monotonic() - ended
             trace.reports = await self._train(prepared)
+            prepared.selected.clear()  # else the stores hold it until the next step is prepared
             await self._publish(prepared.step, trace)
             await self._evaluate(prepared.step, trace)
             now = time.monotonic()

@@ -75,7 +75,9 @@ class Preparation:
         self._first_selected = asyncio.Event()
         if frozen is not None:
             self._first_selected.set()
-        self._cut = ray.remote(num_cpus=0)(cut)
+        # As long as Ray may try a task again it keeps the arguments, here the step's heavy tables,
+        # and that is until nobody holds what came out of it.
+        self._cut = ray.remote(num_cpus=0, max_retries=0)(cut)
 
     async def run(self, work: RolloutWork) -> Prepared:
         """PROMPTS of one step -> SELECTED.
@@ -190,7 +192,7 @@ class Preparation:
     async def _cut_one(self, keep: Any, batch: _Scored) -> tuple[CutHeader, list[Any]]:
         """The header, and references of SAMPLES and of each rank's SELECTED.
 
-        Ray itself tries again where the process dies; here is the deadline of one that hangs.
+        One whose process dies or hangs is tried again.
         """
         ranks = len(self._stages.learner)
         remote = self._cut.options(

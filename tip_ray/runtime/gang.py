@@ -9,7 +9,7 @@ from typing import Any
 from tip_ray.contract.errors import ObjectsLostError, ReplicaError
 from tip_ray.runtime.pool import FAILURES, START_S
 from tip_ray.runtime.replica import CreateActor, classify, kill
-from tip_ray.runtime.tasks import next_ref, together, value_of
+from tip_ray.runtime.tasks import next_ref, next_ref_afar, together, value_of
 
 _START_TRIES = 3
 
@@ -99,7 +99,7 @@ class Gang:
                 header = await (await next_ref(stream))
             except StopAsyncIteration:
                 return pairs
-            pairs.append((header, await next_ref(stream)))
+            pairs.append((header, await next_ref_afar(stream)))
 
     async def _guard(self, work: Any, method: str, limit_s: float | None = None) -> Any:
         try:

@@ -22,7 +22,7 @@ from ray.exceptions import RayError
 
 from tip_ray.contract.errors import ObjectsLostError, ReplicaError, RunFailedError, TipRayError
 from tip_ray.runtime.replica import CreateActor, Replica, classify, kill
-from tip_ray.runtime.tasks import next_ref, together, value_of
+from tip_ray.runtime.tasks import next_ref, next_ref_afar, together, value_of
 from tip_ray.runtime.weights import WeightVersion
 
 FAILURES = (RayError, TimeoutError)
@@ -165,10 +165,12 @@ class Pool:
             try:
                 header_ref = await asyncio.wait_for(next_ref(items), self._timeout_s)
                 header = await asyncio.wait_for(value_of(header_ref), self._timeout_s)
-                table_ref = await asyncio.wait_for(next_ref(items), self._timeout_s)
+                table_ref = await asyncio.wait_for(next_ref_afar(items), self._timeout_s)
             except StopAsyncIteration:
                 return
             yield Answer(header, (table_ref,), replica.node_id)
+            # What ends the stream remembers this frame, and may do so for long.
+            del table_ref
 
     async def _adopt_one(self, index: int, weights: WeightVersion) -> None:
         async with self._lease(index, exclusive=True) as replica:

@@ -6,7 +6,10 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+import ray
+
 Result = TypeVar("Result")
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.05
 
 
 async def value_of(ref: Any) -> Any:
@@ -29,6 +32,20 @@ async def next_ref(stream: Any) -> Any:
     if ref == stream.completed():
         await ref  # raises
     return ref
+
+
+async def next_ref_afar(stream: Any) -> Any:
+    """As `next_ref`, and what it stands for stays on the node that made it.
+
+    To wait for a stream's next item, Ray fetches the item: right for a header, which is read here,
+    but with a table it would bring all tables to the driver's node. A table follows its header at
+    once, so that asking for it every now and then costs little.
+    """
+    pause_s = _FIRST_PAUSE_S
+    while not ray.wait([stream], timeout=0, fetch_local=False)[0]:
+        await asyncio.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+    return await next_ref(stream)
 
 
 async def together(*work: Coroutine[Any, Any, Result]) -> list[Result]:
