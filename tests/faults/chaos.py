@@ -48,7 +48,14 @@ PRIVATE_KINDS = [
     "storage gone",
     "full disk",
 ]
-SCENES = ["private", "nodes", "rpc"]
+VLLM = {"rollout.engine": "vllm", "teacher.engine": "vllm"}
+VLLM_KINDS = [
+    f"{what} {stage} (vllm)"
+    for what in ("kill", "stop")
+    for stage in STAGES
+    if stage in ("rollout", "teacher")
+]
+SCENES = ["private", "nodes", "rpc", "vllm"]
 RPC_FAILURES = {
     f"{service}.grpc_client.{method}": {
         "num_failures": 5,
@@ -125,9 +132,24 @@ class Chaos:
         finally:
             self._leave(job)
 
-    def _job(self, steps: int, environment: dict[str, str], address: str | None = None) -> Job:
+    def vllm(self, deadline: float, steps: int = STEPS) -> None:
+        """A run whose engines are vLLM's, which take longer to come back."""
+        job = self._job(steps, {}, engines=VLLM)
+        try:
+            self._throw(job, VLLM_KINDS, deadline)
+            self._end(job)
+        finally:
+            self._leave(job)
+
+    def _job(
+        self,
+        steps: int,
+        environment: dict[str, str],
+        address: str | None = None,
+        engines: dict[str, str] | None = None,
+    ) -> Job:
         self.runs += 1
-        sizes = {"steps": steps, "learner.replicas": 2}
+        sizes = {"steps": steps, "learner.replicas": 2, **(engines or {})}
         sizes["seed"] = self._draw.randrange(1000)
         return Job(
             self._root, f"chaos-{self.runs}", sizes, address=address, environment=environment
@@ -190,13 +212,13 @@ class Chaos:
             tally.recovered += 1
             tally.seconds.append(seconds)
         shown = f"{seconds:.1f} s" if seconds >= 0 else "NOT RECOVERED"
-        self._say(f"{job.run_id}  {kind:18}{shown}")
+        self._say(f"{job.run_id}  {kind:22}{shown}")
 
     def _inject(
         self, kind: str, job: Job, step: int, epoch: int, nodes: Nodes | None
     ) -> float | None:
         """Seconds until it was over, negative if it never was; None: there was nothing to hit."""
-        what, _, where = kind.partition(" ")
+        what, _, where = kind.removesuffix(" (vllm)").partition(" ")
         began, clock = time.time(), time.monotonic()
 
         def moved_on() -> bool:
@@ -276,7 +298,7 @@ class Chaos:
             worst = f"{max(one.seconds):.1f}" if one.seconds else "-"
             counts = (one.times, one.recovered, one.lost, one.doubled)
             rows.append((kind, *map(str, counts), median, worst))
-        lines = [row[0].ljust(20) + "".join(cell.rjust(11) for cell in row[1:]) for row in rows]
+        lines = [row[0].ljust(22) + "".join(cell.rjust(11) for cell in row[1:]) for row in rows]
         return "\n".join([*lines, f"{self.runs} runs, {len(self.failed)} failed"])
 
 
