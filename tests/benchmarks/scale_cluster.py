@@ -18,7 +18,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +58,8 @@ class Stores:
 
 
 @contextmanager
-def cluster(replicas: int, stores: Stores) -> Iterator[str]:
-    """The address of a cluster with room for `replicas` of each pool; connected to it."""
+def cluster(replicas: Mapping[str, int], stores: Stores) -> Iterator[str]:
+    """The address of a cluster with room for `replicas` by pool; this process is connected."""
     directory = tempfile.mkdtemp(prefix="tip-sc-")
     before = {name: os.environ.get(name) for name in (*_SETTINGS, "RAY_TMPDIR")}
     os.environ.update(_SETTINGS, RAY_TMPDIR=directory)
@@ -71,7 +71,7 @@ def cluster(replicas: int, stores: Stores) -> Iterator[str]:
             for _ in range(count):
                 nodes.add_node(
                     num_cpus=_CPUS_A_NODE,
-                    resources={pool: -(-replicas // count)},
+                    resources={pool: -(-replicas[pool] // count)},
                     object_store_memory=_bytes(gib),
                 )
         ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")

@@ -12,7 +12,7 @@ import itertools
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -99,11 +99,20 @@ class Marks(SilentProgress):
         self.marks.append(mark)
 
 
-def spec_of(shape: Shape, replicas: int, *, placed: bool) -> RunSpec:
+@dataclass(frozen=True)
+class Replicas:
+    """Of each pool."""
+
+    rollout: int
+    teacher: int
+    learner: int
+
+
+def spec_of(shape: Shape, replicas: Replicas, *, placed: bool) -> RunSpec:
     """The run's spec; `placed`: each pool on nodes of its own, by their custom resources."""
     pools: dict[str, dict[str, Any]] = {
-        name: {"replicas": replicas, "resources": {name: 1.0} if placed else {}}
-        for name in ("rollout", "teacher", "learner")
+        name: {"replicas": count, "resources": {name: 1.0} if placed else {}}
+        for name, count in asdict(replicas).items()
     }
     pools["teacher"] |= {"model": "demo:carry-teacher", "targets": shape.targets}
     pools["teacher"] |= {"max_batch_tokens": 1}  # as with long rows: every table is a batch
@@ -192,19 +201,19 @@ class Crew:
         self.loop.close()
 
 
-def critical_path_s(load: Load, replicas: int) -> float:
+def critical_path_s(load: Load, replicas: Replicas) -> float:
     """Seconds of a strictly on-policy step whose stages do nothing but sleep.
 
     Each rollout replica hands on a table as its rows are done, the next free teacher replica takes
     it, and the learner ranks, between which the rows are shared out, wait for the last one.
     """
-    free = [0.0] * replicas
+    free = [0.0] * replicas.teacher
     heapq.heapify(free)
     last = 0.0
-    for ready, rows in sorted(_tables_of_rollouts(load, replicas)):
+    for ready, rows in sorted(_tables_of_rollouts(load, replicas.rollout)):
         last = max(heapq.heappop(free), ready) + load.teacher_s * rows / load.rows
         heapq.heappush(free, last)
-    return max(free) + load.learner_s * -(-load.rows // replicas) / load.rows
+    return max(free) + load.learner_s * -(-load.rows // replicas.learner) / load.rows
 
 
 def _tables_of_rollouts(load: Load, replicas: int) -> list[tuple[float, int]]:
@@ -218,12 +227,12 @@ def _tables_of_rollouts(load: Load, replicas: int) -> list[tuple[float, int]]:
     return made
 
 
-def tables_a_step(load: Load, replicas: int) -> int:
+def tables_a_step(load: Load, replicas: Replicas) -> int:
     """ROLLOUTS tables of a step; each is more than a teacher batch, so as many of those."""
-    return len(_tables_of_rollouts(load, replicas))
+    return len(_tables_of_rollouts(load, replicas.rollout))
 
 
-def figures(marks: Sequence[Mark], load: Load, replicas: int) -> dict[str, float]:
+def figures(marks: Sequence[Mark], load: Load, replicas: Replicas) -> dict[str, Any]:
     """Means over all steps but the first, which warms up."""
     count = len(marks) - 1
 
@@ -244,7 +253,7 @@ def figures(marks: Sequence[Mark], load: Load, replicas: int) -> dict[str, float
         "weights": "bytes_weight_sync",
     }
     return {
-        "replicas": replicas,
+        "replicas": asdict(replicas),
         "tables": tables_a_step(load, replicas),
         "step_s": step_s,
         "steps_s": [b.at - a.at for a, b in itertools.pairwise(marks)],

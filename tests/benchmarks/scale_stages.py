@@ -228,6 +228,7 @@ class SleepingLearner(_Sleeping):
 
     def train_step(self, step: int, *selected: pa.Table) -> LearnerReport:
         began, load = time.perf_counter(), self.load()
+        assert all(one.num_rows for one in selected)  # no table is made in vain
         table = tables.newest_attempts(tables.concat(selected, self._schema))
         time.sleep(load.learner_s * table.num_rows / load.rows)
         return LearnerReport(

@@ -10,14 +10,22 @@ import pytest
 import ray
 from ray._private import internal_api
 
-from tests.benchmarks.scale_run import Crew, Marks, Shape, critical_path_s, figures, spec_of
+from tests.benchmarks.scale_run import (
+    Crew,
+    Marks,
+    Replicas,
+    Shape,
+    critical_path_s,
+    figures,
+    spec_of,
+)
 from tests.benchmarks.scale_stages import MIN_ROWS, Load, Made, make_contents
 from tip_ray.contract.run_state import StepMetrics
 from tip_ray.control.audit import check_audit
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
-REPLICAS, STEPS, TOKENS, LONG = 2, 3, 16, 2048
+REPLICAS, STEPS, TOKENS, LONG = Replicas(2, 2, 2), 3, 16, 2048
 LOAD = Load(rows=24, response_tokens=TOKENS, rollout_s=0.2, teacher_s=0.1, learner_s=0.1)
 
 
@@ -42,7 +50,7 @@ def test_every_rollout_passes_all_stages_once(crew: Crew, max_lag: int) -> None:
     assert {mark.metrics.tokens_generated for mark in marks} == {LOAD.rows * TOKENS}
     assert {mark.metrics.tokens_kept for mark in marks} == {LOAD.rows * TOKENS // 2}
     found = figures(marks, LOAD, REPLICAS)
-    assert found["hops_bytes"]["weights"] == 2 * 1000 * REPLICAS
+    assert found["hops_bytes"]["weights"] == 2 * 1000 * REPLICAS.rollout
     assert 0 < found["hops_bytes"]["cut -> learner"] < found["hops_bytes"]["unpruned -> learner"]
     assert crew.events == []
 
@@ -53,7 +61,7 @@ def test_a_step_cannot_be_shorter_than_its_stages_sleep(crew: Crew) -> None:
     # Two shards of 12 rows: tables of 8 and 4 rows each; the last is scored once it is there.
     assert found["ideal_s"] == pytest.approx(0.1 + 0.1 * 4 / 24 + 0.1 / 2)
     assert found["step_s"] >= found["ideal_s"]
-    assert critical_path_s(LOAD, 1) == pytest.approx(0.2 + 0.1 * 8 / 24 + 0.1)
+    assert critical_path_s(LOAD, Replicas(1, 1, 1)) == pytest.approx(0.2 + 0.1 * 8 / 24 + 0.1)
 
 
 def test_a_step_that_is_over_has_left_nothing_in_the_object_store(crew: Crew) -> None:

@@ -63,5 +63,17 @@ def test_rows_that_nobody_decided_on_are_left_out(targets: tables.Targets) -> No
     assert keyed(fewer[0]) == {key: expected[key] for key in some}
 
 
+def test_only_ranks_that_are_asked_for_get_a_table() -> None:
+    made = made_step(np.random.default_rng(3), rows=9)
+    keep = keep_of(made.rollouts, {key: [0] for key in tables.keys(made.rollouts)}, 3)
+    header, samples, *whole = cut(3, keep, made.scores, made.targets, made.rollouts)
+    some, same, *asked = cut([2, 0], keep, made.scores, made.targets, made.rollouts)
+    assert same.equals(samples)
+    assert [table.num_rows for table in asked] == [3, 3]
+    assert asked[0].equals(whole[2])
+    assert asked[1].equals(whole[0])
+    assert some.selected_bytes == (header.selected_bytes[2], header.selected_bytes[0])
+
+
 def keyed(table: pa.Table) -> dict[tables.Key, dict[str, Any]]:
     return dict(zip(tables.keys(table), table.to_pylist(), strict=True))

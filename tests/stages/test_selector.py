@@ -219,6 +219,7 @@ def test_a_step_whose_prompts_all_pass_weighs_nothing(made: MadeStep) -> None:
     assert header.weight_sum == 0.0
     assert tables.column(keep, "rank").tolist() == [-1] * keep.num_rows
     assert header.nothing_kept == tables.tried(keep)
+    assert set(header.rank_of.values()) == {-1}
     mixed, _ = chosen.select(asked, {key: float(key[2]) for key in asked}, None, made.scores)
     assert mixed.weight_sum > 0.0
 

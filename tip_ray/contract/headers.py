@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tip_ray.contract.tables import Key
@@ -75,13 +76,15 @@ class SelectionHeader:
     busy_s: float
     nothing_kept: tuple[Tried, ...] = ()  # rollouts that no rank gets to see
     weight_sum: float = 0.0  # of all kept tokens; 0: the step can teach nothing
+    # The learner rank of each rollout, as in KEEP: what is cut for which rank.
+    rank_of: Mapping[Key, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class CutHeader:
-    """Beside SAMPLES and one SELECTED table a rank."""
+    """Beside SAMPLES and one SELECTED table for each rank that was asked for."""
 
-    selected_bytes: tuple[int, ...]  # by rank
+    selected_bytes: tuple[int, ...]  # of each, in the order asked for
     unpruned_bytes: int  # what SELECTED would weigh with every loss token kept
     busy_s: float
 

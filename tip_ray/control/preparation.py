@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import ray
@@ -177,26 +178,33 @@ class Preparation:
         self, work: RolloutWork, scored: list[_Scored], keep: Any, trace: StepTrace
     ) -> Prepared:
         """TARGETS + KEEP -> SELECTED, each batch on the node where its TARGETS lie."""
-        cuts = await together(*(self._cut_one(keep, batch) for batch in scored))
+        assert trace.selection is not None
+        rank_of = trace.selection.rank_of
+        ranks = [sorted({rank_of[key] for key in one.header.keys} - {-1}) for one in scored]
+        cuts = await together(*map(self._cut_one, repeat(keep), scored, ranks))
         trace.cuts = [header for header, _ in cuts]
-        ranks = range(len(self._stages.learner))
+        selected: list[list[Any]] = [[] for _ in range(len(self._stages.learner))]
+        for own, (_, refs) in zip(ranks, cuts, strict=True):
+            for rank, ref in zip(own, refs[1:], strict=True):
+                selected[rank].append(ref)
         return Prepared(
             step=work.step,
-            selected=[[refs[1 + rank] for _, refs in cuts] for rank in ranks],
+            selected=selected,
             samples=[refs[0] for _, refs in cuts],
             quarantined=work.quarantined,
             cursor=work.cursor,
             trace=trace,
         )
 
-    async def _cut_one(self, keep: Any, batch: _Scored) -> tuple[CutHeader, list[Any]]:
-        """The header, and references of SAMPLES and of each rank's SELECTED.
+    async def _cut_one(
+        self, keep: Any, batch: _Scored, ranks: list[int]
+    ) -> tuple[CutHeader, list[Any]]:
+        """The header, and references of SAMPLES and of SELECTED for each of `ranks`.
 
         One whose process dies or hangs is tried again.
         """
-        ranks = len(self._stages.learner)
         remote = self._cut.options(
-            num_returns=2 + ranks,
+            num_returns=2 + len(ranks),
             scheduling_strategy=NodeAffinitySchedulingStrategy(batch.node_id, soft=True),
         )
         sampled_only = self._spec.loss.kind == "policy_gradient"

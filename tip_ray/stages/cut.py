@@ -10,6 +10,7 @@ D  width of the teacher's hidden state
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,17 +28,18 @@ IntArray = npt.NDArray[np.int64]
 
 
 def cut(
-    ranks: int,
+    ranks: int | Sequence[int],
     keep: pa.Table,
     scores: pa.Table,
     targets: pa.Table,
     *rollouts: pa.Table,
     sampled_only: bool = False,
 ) -> tuple[Any, ...]:
-    """(CutHeader, SAMPLES, SELECTED of rank 0, SELECTED of rank 1, ...).
+    """(CutHeader, SAMPLES, SELECTED of the first rank, SELECTED of the second, ...).
 
     Args:
-        ranks: learner ranks.
+        ranks: learner ranks that get a table: how many, or which. A batch has a few rows, and so
+            something for a few of many ranks.
         keep: KEEP of the whole step; rows of other batches are ignored.
         scores, targets: one teacher batch; of the targets' kind is what travels.
         rollouts: ROLLOUTS tables that hold at least the rows of the batch.
@@ -50,7 +52,8 @@ def cut(
     width, kind = (1, "topk") if sampled_only else tables.target_width(targets)
     schema = tables.selected_schema(width, kind)
     batch = _aligned(keep, scores, targets, rollouts)
-    selected = [_select(batch, rank, schema, sampled_only) for rank in range(ranks)]
+    asked = range(ranks) if isinstance(ranks, int) else ranks
+    selected = [_select(batch, rank, schema, sampled_only) for rank in asked]
     sent = [tables.nbytes(table) for table in selected]
     header = CutHeader(
         selected_bytes=tuple(sent),

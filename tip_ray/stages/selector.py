@@ -227,6 +227,7 @@ class SelectorActor:
             busy_s=time.perf_counter() - began,
             weight_sum=float(tables.column(keep, "weight").sum(dtype=np.float64)),
             nothing_kept=tables.tried(keep.take(np.flatnonzero(tables.column(keep, "rank") < 0))),
+            rank_of=dict(zip(step.keys, tables.column(keep, "rank").tolist(), strict=True)),
         )
 
 
