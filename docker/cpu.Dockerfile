@@ -1,10 +1,8 @@
 # tip-ray for CPUs: Ray, vLLM, torch and tip-ray in a virtualenv, run by user 1000.
 #
-#   docker build -f docker/cpu.Dockerfile -t tip-ray:0.1.0-cpu .
+#   docker build -f docker/cpu.Dockerfile -t tip-ray:0.1.0-cpu --secret id=pip.conf,src=pip.conf .
 #
-# A pip.conf, for an index or credentials of yours, comes as a secret and does not stay:
-#
-#   docker build --secret id=pip.conf,src=pip.conf ...
+# pip.conf says where torch's wheels for CPUs are (docker/README.md); it does not stay.
 
 ARG BASE_IMAGE=debian:bookworm-20261005-slim
 

@@ -3,9 +3,7 @@
 #
 #   docker build -f docker/gpu.Dockerfile -t tip-ray:0.1.0-gpu .
 #
-# A pip.conf, for an index or credentials of yours, comes as a secret and does not stay:
-#
-#   docker build --secret id=pip.conf,src=pip.conf ...
+# With `--secret id=pip.conf,src=pip.conf` where pip needs an index of yours; it does not stay.
 
 ARG BASE_IMAGE=debian:bookworm-20261005-slim
 

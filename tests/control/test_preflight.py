@@ -141,6 +141,30 @@ def test_a_checkpoint_without_safetensors_is_refused(
     assert "teacher.model: found no *.safetensors in org/large, expected a checkpoint with" in line
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "llama", "hidden_size": "a"}'])
+def test_a_broken_config_is_one_line(
+    hub: Hub, tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "broken"
+    shutil.copytree(hub.root / "org/small", model)
+    (model / "config.json").write_text(content)
+    _, path = on_hub(tmp_path, **{"student.model": str(model)})
+    assert refused(capsys, "run", path).startswith("error: student.model: found ")
+    assert refused(capsys, "validate", path).startswith("error: student.model: found ")
+
+
+def test_an_evaluation_alone_wants_weights(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (hub.root / "org/small/model.safetensors").unlink()
+    _, path = on_hub(tmp_path)
+    evaluation = '[{"name": "e", "source": "demo:carry-eval", "every_steps": 1, "scorer": "exact"}]'
+    line = refused(
+        capsys, "eval", path, "--model", "org/small", "--set", f"evaluation={evaluation}"
+    )
+    assert "student.model: found no *.safetensors in org/small" in line
+
+
 def test_a_run_whose_model_does_not_fit_asks_no_hub(
     hub: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

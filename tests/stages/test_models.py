@@ -18,6 +18,7 @@ from tip_ray.contract.errors import ModelMismatchError, SpecError
 from tip_ray.contract.spec import RunSpec
 from tip_ray.contract.spec_check import parse_spec
 from tip_ray.stages.models import (
+    has_weights,
     load_causal_lm,
     load_config,
     load_tokenizer,
@@ -133,6 +134,21 @@ def test_another_machine_fetches_for_itself(tmp_path: Path) -> None:
     looked_at = local_model_path(url, weights=False)
     assert not list(Path(looked_at).glob("*.safetensors"))
     assert path_on_this_node(looked_at, url, None, "f") == there
+    assert path_on_this_node(looked_at, url, None, "f", weights=False) == looked_at
+
+
+def test_a_part_of_the_shards_is_not_a_checkpoint(tmp_path: Path) -> None:
+    whole = Path(save_model(tmp_path / "m"))
+    assert has_weights(str(whole))
+    model = AutoModelForCausalLM.from_pretrained(whole)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="3KB")
+    shards = sorted((tmp_path / "shards").glob("*.safetensors"))
+    assert len(shards) > 1
+    assert has_weights(str(tmp_path / "shards"))
+    shards[-1].unlink()
+    assert not has_weights(str(tmp_path / "shards"))
+    (tmp_path / "shards/model.safetensors.index.json").unlink()  # as when it comes last
+    assert not has_weights(str(tmp_path / "shards"))
 
 
 # Loading

@@ -14,7 +14,7 @@ from tip_ray.control.evaluate import Evaluator
 from tip_ray.control.placement import demand
 from tip_ray.control.signals import stopped_by_signals
 from tip_ray.runtime.cluster import connected, refuse_what_never_fits, release, reserve
-from tip_ray.stages.models import load_config, load_tokenizer, local_model_path
+from tip_ray.stages.models import load_config, load_tokenizer, whole_checkpoint
 from tip_ray.stages.pair_checks import PairFacts, eos_ids_of
 from tip_ray.stages.prompts import evaluation_prompts
 
@@ -71,7 +71,7 @@ async def _evaluate(
 def _student_facts(spec: RunSpec) -> PairFacts:
     """What the rollout pool needs to know; the student stands in for the teacher."""
     student = spec.student
-    path = local_model_path(student.model, student.revision, "student.model")
+    path = whole_checkpoint(student.model, student.revision, "student.model")
     config = load_config(path, student.trust_remote_code, "student.model")
     tokenizer = load_tokenizer(path, student.trust_remote_code, "student.model")
     eos_ids = eos_ids_of(path, config, tokenizer)

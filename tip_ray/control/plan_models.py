@@ -94,11 +94,17 @@ PUBLIC = {
 
 
 def architecture_of(model: str) -> Architecture | None:
-    """By a local directory's config.json, else by `PUBLIC`; None where neither says."""
+    """By a local directory's config.json, else by `PUBLIC`; None where neither says.
+
+    None too where the file is broken: the check of the pair says so, and how.
+    """
     file = local_directory(model) / "config.json"
-    if file.is_file():
+    if not file.is_file():
+        return PUBLIC.get(model)
+    try:
         return read_architecture(json.loads(file.read_text(encoding="utf-8")))
-    return PUBLIC.get(model)
+    except (ValueError, TypeError, AttributeError, ArithmeticError):
+        return None
 
 
 def local_directory(model: str) -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Any
 
 import ray
@@ -32,6 +31,10 @@ from tip_ray.runtime.replica import classify
 from tip_ray.runtime.tasks import first_leaf, together, value_of
 from tip_ray.stages.cut import cut
 from tip_ray.stages.prompts import Cursor
+
+# On one node: each holds what it keeps a second time until it is done. They reserve no CPU, and
+# Ray gives one that it kills for memory no second try.
+_CUTS_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,13 @@ class Preparation:
         assert trace.selection is not None
         rank_of = trace.selection.rank_of
         ranks = [sorted({rank_of[key] for key in one.header.keys} - {-1}) for one in scored]
-        cuts = await together(*map(self._cut_one, repeat(keep), scored, ranks))
+        room = {batch.node_id: asyncio.Semaphore(_CUTS_AT_ONCE) for batch in scored}
+
+        async def cut_one(batch: _Scored, own: list[int]) -> tuple[CutHeader, list[Any]]:
+            async with room[batch.node_id]:
+                return await self._cut_one(keep, batch, own)
+
+        cuts = await together(*map(cut_one, scored, ranks))
         trace.cuts = [header for header, _ in cuts]
         selected: list[list[Any]] = [[] for _ in range(len(self._stages.learner))]
         for own, (_, refs) in zip(ranks, cuts, strict=True):

@@ -261,7 +261,9 @@ class LearnerActor:
         if self._rank:
             list(groups)  # take part in the gathering
             return []
-        return write_export(url, self._on_this_node(model_path), groups, self._student.dtype)
+        return write_export(
+            url, self._on_this_node(model_path, weights=False), groups, self._student.dtype
+        )
 
     def _whole_groups(self) -> Iterator[dict[str, torch.Tensor]]:
         """Layer groups in the student's dtype on the CPU of rank 0; nothing on the others."""
@@ -322,9 +324,9 @@ class LearnerActor:
                 "ask for what was trained last"
             )
 
-    def _on_this_node(self, model_path: str) -> str:
-        student = self._student
-        return path_on_this_node(model_path, student.model, student.revision, "student.model")
+    def _on_this_node(self, model_path: str, *, weights: bool = True) -> str:
+        model, revision = self._student.model, self._student.revision
+        return path_on_this_node(model_path, model, revision, "student.model", weights=weights)
 
     def _joined(self) -> _Group:
         if self._group is None:

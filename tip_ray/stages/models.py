@@ -6,6 +6,7 @@ V  rows of the LM head        D  width of a hidden state
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -17,7 +18,12 @@ from typing import Any
 import fsspec
 import huggingface_hub
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -27,6 +33,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
 from tip_ray import demo
@@ -83,20 +90,45 @@ def local_model_path(
     return str(path.resolve())
 
 
-def path_on_this_node(path: str, model: str, revision: str | None, field: str) -> str:
+def whole_checkpoint(model: str, revision: str | None, field: str) -> str:
+    """The local directory of a checkpoint with all of its weights, downloaded first if need be.
+
+    Raises:
+        SpecError: as `local_model_path`, or weights are missing.
+    """
+    path = local_model_path(model, revision, field)
+    if not has_weights(path):
+        found, expected = f"no *.safetensors in {model}", "a checkpoint with its weights"
+        cure = "save_pretrained writes them; of a hub id, let the hub be reached"
+        raise SpecError(field, found, expected, cure)
+    return path
+
+
+def path_on_this_node(
+    path: str, model: str, revision: str | None, field: str, *, weights: bool = True
+) -> str:
     """`path`, resolved by the driver, or the model fetched again where that is another machine.
 
-    There the same directory may lie without weights: of a model that was only looked at.
+    There the same directory may lie without weights, of a model that was only looked at, or with
+    some of them, while another process downloads them.
 
     Raises:
         SpecError: as `local_model_path`.
     """
-    return path if has_weights(path) else local_model_path(model, revision, field)
+    there = has_weights(path) if weights else (Path(path) / "config.json").is_file()
+    return path if there else local_model_path(model, revision, field, weights=weights)
 
 
 def has_weights(path: str) -> bool:
-    """Whether a local directory holds safetensors."""
-    return any(Path(path).glob("*.safetensors"))
+    """Whether a local directory holds safetensors: the one file, or every file of its index."""
+    index = Path(path) / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        return (Path(path) / SAFE_WEIGHTS_NAME).is_file()
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return True  # loading says what is wrong with it
+    return all((Path(path) / shard).is_file() for shard in shards)
 
 
 def _demo_path(model: str, field: str) -> Path:
@@ -193,7 +225,7 @@ def load_config(
         config = AutoConfig.from_pretrained(
             path, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise _unreadable(field, path, "config", error) from None
     return config.get_text_config()
 

@@ -15,11 +15,11 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from tip_ray.contract.errors import ModelMismatchError, SpecError
 from tip_ray.contract.spec import RunSpec
 from tip_ray.stages.models import (
-    has_weights,
     load_config,
     load_tokenizer,
     local_model_path,
     refuse_foreign_head,
+    whole_checkpoint,
 )
 from tip_ray.stages.prompts import encode, first_prompt
 
@@ -98,15 +98,12 @@ def with_weights(spec: RunSpec, facts: PairFacts) -> PairFacts:
     Raises:
         SpecError: one cannot be reached, or has no safetensors.
     """
-    paths = {}
-    for role, part in (("student", spec.student), ("teacher", spec.teacher)):
-        path = local_model_path(part.model, part.revision, f"{role}.model")
-        if not has_weights(path):
-            found, expected = f"no *.safetensors in {part.model}", "a checkpoint with its weights"
-            cure = "save_pretrained writes them; of a hub id, let the hub be reached"
-            raise SpecError(f"{role}.model", found, expected, cure)
-        paths[f"{role}_path"] = path
-    return replace(facts, **paths)
+    student, teacher = spec.student, spec.teacher
+    return replace(
+        facts,
+        student_path=whole_checkpoint(student.model, student.revision, "student.model"),
+        teacher_path=whole_checkpoint(teacher.model, teacher.revision, "teacher.model"),
+    )
 
 
 def _side(role: str, spec: RunSpec) -> _Side:
