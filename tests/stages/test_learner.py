@@ -277,10 +277,10 @@ def test_an_export_replaces_the_one_before_whole(path, actor, tmp_path) -> None:
 def test_an_export_that_fails_leaves_the_one_before(path, actor, tmp_path) -> None:
     target, broken = tmp_path / "export", tmp_path / "broken"
     broken.mkdir()
-    (broken / "model.safetensors").touch()
+    (broken / "config.json").write_text("{")
     names = actor.export(str(target), path)
-    with pytest.raises(FileNotFoundError):
-        actor.export(str(target), str(broken))  # no config.json there
+    with pytest.raises(ValueError, match="Expecting property name"):
+        actor.export(str(target), str(broken))
     assert sorted(file.name for file in target.iterdir()) == names
     assert set(tmp_path.iterdir()) == {target, broken}
 
