@@ -232,10 +232,11 @@ def play_on_one(scenario: Scenario) -> Played:
 def play_on_two(scenarios: Sequence[Scenario], folder: Path) -> dict[str, list[Played]]:
     """Every scenario on two ranks, each a process; by name, the two ranks' results."""
     on_ranks(2, _play_all, list(scenarios), folder)
-    return {
-        one.name: [torch.load(folder / f"{one.name}-{rank}", weights_only=False) for rank in (0, 1)]
-        for one in scenarios
-    }
+    with torch.serialization.safe_globals([Played, LearnerReport, SavedFile]):
+        return {
+            one.name: [torch.load(folder / f"{one.name}-{rank}") for rank in (0, 1)]
+            for one in scenarios
+        }
 
 
 def on_ranks(size: int, work: Callable[..., None], *args: Any) -> None:
