@@ -60,6 +60,7 @@ def test_wandb_goes_on_with_the_same_run_offline(
     spec = spec_with(tmp_path, kind="wandb", project="tip")
     for steps in ([1, 2], [2, 3]):
         assert follow(spec, tmp_path, steps).taken_events() == []
+        time.sleep(1.1)  # W&B names an offline run's folder after the second it began in
     files = sorted((tmp_path / "wandb").glob(f"offline-run-*-{RUN_ID}/run-{RUN_ID}.wandb"))
     assert len(files) == 2  # two files of one run, which a sync puts together
     expected = [[(1, 0.1), (2, 0.2)], [(2, 0.2), (3, 0.3)]]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,20 @@ def _children() -> set[int]:
     return {one.pid for one in psutil.Process().children(recursive=True)}
 
 
+def _titles(before: set[int]) -> dict[psutil.Process, str]:
+    """Of the processes below this one that were not there `before`."""
+    found = {}
+    for one in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if one.pid not in before:
+                found[one] = " ".join(one.cmdline())
+    return found
+
+
+def _vllm_workers(before: set[int]) -> list[psutil.Process]:
+    return [one for one, title in _titles(before).items() if "VLLM::Worker" in title]
+
+
 def test_tensor_parallel_two_equals_the_transformers_trunk(tmp_path: Path) -> None:
     student = save_model(tmp_path / "student", 1, **VLLM_LLAMA)
     path = save_model(tmp_path / "teacher", 2, **VLLM_LLAMA)
@@ -53,11 +69,10 @@ def test_tensor_parallel_two_equals_the_transformers_trunk(tmp_path: Path) -> No
     try:
         for found in asyncio.run(score()):
             assert_same(found, expected)
-        workers = [
-            one for one in psutil.Process().children(recursive=True)
-            if one.pid not in before and "VLLM::Worker" in " ".join(one.cmdline())
-        ]  # fmt: skip
-        assert len(workers) == 2
+        deadline = time.monotonic() + 20
+        while len(workers := _vllm_workers(before)) != 2:
+            assert time.monotonic() < deadline, _titles(before)
+            time.sleep(0.1)
     finally:
         pool.close()
     _, alive = psutil.wait_procs(workers, timeout=20)
