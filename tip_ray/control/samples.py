@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
@@ -19,10 +18,11 @@ def with_text(samples: pa.Table, tokenizer: PreTrainedTokenizerBase) -> pa.Table
     """
     texts = _Texts(tokenizer)
     columns = {name: samples.column(name) for name in samples.column_names}
-    prompts = [tokenizer.decode(ids) for ids in samples.column("prompt_ids").to_pylist()]
-    columns |= {"prompt_text": prompts, "text": texts.of(samples.column("response_ids"))}
-    for model in ("student", "teacher"):
-        columns[f"{model}_top_text"] = texts.of(samples.column(f"{model}_top_ids"))
+    columns["prompt_text"] = [tokenizer.decode(ids) for ids in columns["prompt_ids"].to_pylist()]
+    sources = {f"{model}_top_text": f"{model}_top_ids" for model in ("student", "teacher")}
+    for name, source in {"text": "response_ids", **sources}.items():
+        ids = columns[source].combine_chunks()
+        columns[name] = texts.of(ids, SAMPLES_WITH_TEXT.field(name).type)
     return tables.build(SAMPLES_WITH_TEXT, columns)
 
 
@@ -37,9 +37,16 @@ class _Texts(dict[int, str]):
         self[token] = self._tokenizer.decode([token])
         return self[token]
 
-    def of(self, ids: pa.ChunkedArray) -> list[Any]:
-        """The texts of a column of lists, or of lists of lists, of ids."""
-        return [self._nested(row) for row in ids.to_pylist()]
-
-    def _nested(self, ids: list[Any]) -> list[Any]:
-        return [self._nested(item) if isinstance(item, list) else self[item] for item in ids]
+    def of(self, ids: pa.Array, kind: pa.DataType) -> pa.Array:
+        """The texts of lists, or of lists of lists, of ids: an array of `kind`, nested alike."""
+        if pa.types.is_list(kind):
+            lengths = ids.value_lengths().to_numpy(zero_copy_only=False)
+            offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+            items = self.of(ids.flatten(), kind.value_type)
+            return pa.ListArray.from_arrays(pa.array(offsets), items, type=kind)
+        if pa.types.is_fixed_size_list(kind):
+            items = self.of(ids.flatten(), kind.value_type)
+            return pa.FixedSizeListArray.from_arrays(items, type=kind)
+        distinct = ids.dictionary_encode()
+        texts = [self[token] for token in distinct.dictionary.to_pylist()]
+        return pa.array(texts, kind).take(distinct.indices)
