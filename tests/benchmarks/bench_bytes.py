@@ -89,7 +89,7 @@ def _hops(step: Step, retention: float) -> dict[str, float]:
         SelectionSpec(**rule), LossSpec(), vocab_size=VOCAB, ranks=RANKS, samples=0, seed=0
     )
     _, keep = actor.select(step.row_tokens, {}, None, step.scores)
-    _, _, *selected = cut(RANKS, keep, step.scores, step.targets, step.rollouts)
+    _, _, *selected = cut(range(RANKS), keep, step.scores, step.targets, step.rollouts)
     sent = (
         tables.nbytes(step.rollouts),
         tables.nbytes(step.scores),

@@ -143,7 +143,7 @@ def _selected(
         seed=spec.seed,
     )
     _, keep = selector.select(row_tokens(rollouts), {}, None, scores)
-    return cut(1, keep, scores, targets, rollouts)[2]
+    return cut([0], keep, scores, targets, rollouts)[2]
 
 
 def _own_view(measured: pa.Table, path: Path, dtype: str, facts: PairFacts) -> pa.Table:

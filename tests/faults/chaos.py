@@ -309,6 +309,8 @@ def main() -> int:
     parser.add_argument("--scenes", nargs="+", choices=SCENES, default=SCENES)
     parser.add_argument("--root", type=Path, help="keep the runs here")
     options = parser.parse_args()
+    # An end from outside unwinds too: jobs are stopped, a small disk is unmounted.
+    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
     root = options.root or Path(tempfile.mkdtemp(prefix="tip-chaos-"))
     root.mkdir(parents=True, exist_ok=True)
     chaos = Chaos(root, options.seed, lambda line: print(line, flush=True))  # noqa: T201

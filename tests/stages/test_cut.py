@@ -37,7 +37,7 @@ def test_bytes_to_the_learner_follow_the_kept_tokens(
         earlier = np.random.default_rng(1).choice(RESPONSE - 1, count - 1, replace=False)
         positions = [*sorted(earlier.tolist()), RESPONSE - 1]  # the row is read to its end, as ever
         header, _, selected = cut(
-            1, keep_of(made.rollouts, {key: positions}), made.scores, made.targets, made.rollouts
+            [0], keep_of(made.rollouts, {key: positions}), made.scores, made.targets, made.rollouts
         )
         name = "teacher_hidden" if targets == "hidden" else "teacher_logprobs"
         assert tables.column(selected, name).shape == (len(positions), width)
@@ -55,9 +55,13 @@ def test_rows_that_nobody_decided_on_are_left_out(targets: tables.Targets) -> No
     made = made_step(np.random.default_rng(2), rows=9, targets=targets)
     keys = tables.keys(made.rollouts)
     kept = {key: [0] for key in keys}
-    _, _, *whole = cut(2, keep_of(made.rollouts, kept, 2), made.scores, made.targets, made.rollouts)
+    _, _, *whole = cut(
+        range(2), keep_of(made.rollouts, kept, 2), made.scores, made.targets, made.rollouts
+    )
     some = {key: [0] for row, key in enumerate(keys) if row % 4 in (0, 1)}
-    _, _, *fewer = cut(2, keep_of(made.rollouts, some, 1), made.scores, made.targets, made.rollouts)
+    _, _, *fewer = cut(
+        range(2), keep_of(made.rollouts, some, 1), made.scores, made.targets, made.rollouts
+    )
     assert fewer[1].num_rows == 0
     expected = {key: row for part in whole for key, row in keyed(part).items()}
     assert keyed(fewer[0]) == {key: expected[key] for key in some}
@@ -66,7 +70,7 @@ def test_rows_that_nobody_decided_on_are_left_out(targets: tables.Targets) -> No
 def test_only_ranks_that_are_asked_for_get_a_table() -> None:
     made = made_step(np.random.default_rng(3), rows=9)
     keep = keep_of(made.rollouts, {key: [0] for key in tables.keys(made.rollouts)}, 3)
-    header, samples, *whole = cut(3, keep, made.scores, made.targets, made.rollouts)
+    header, samples, *whole = cut(range(3), keep, made.scores, made.targets, made.rollouts)
     some, same, *asked = cut([2, 0], keep, made.scores, made.targets, made.rollouts)
     assert same.equals(samples)
     assert [table.num_rows for table in asked] == [3, 3]

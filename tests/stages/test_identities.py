@@ -117,7 +117,14 @@ def outcome(
     _, keep = actor.select(row_tokens(made.rollouts), {}, None, *scores)
     sampled_only = loss.kind == "policy_gradient"
     cuts = [
-        cut(how.ranks, keep, part.scores, part.targets, part.rollouts, sampled_only=sampled_only)
+        cut(
+            range(how.ranks),
+            keep,
+            part.scores,
+            part.targets,
+            part.rollouts,
+            sampled_only=sampled_only,
+        )
         for part in parts
     ]
     root, total = KeptStudent(model, loss, VOCAB), torch.zeros((), dtype=torch.float64)
@@ -187,7 +194,7 @@ def test_head_inputs_get_exactly_no_gradient_where_tokens_are_dropped(model, mad
     _, keep = actor.select(row_tokens(made.rollouts), {}, None, made.scores)
     sampled_only = kind == "policy_gradient"
     tables_of_batch = (keep, made.scores, made.targets, made.rollouts)
-    _, _, selected = cut(1, *tables_of_batch, sampled_only=sampled_only)
+    _, _, selected = cut([0], *tables_of_batch, sampled_only=sampled_only)
     root = KeptStudent(model, loss, VOCAB)
     (batch,) = micro_batches(selected, 1000)
     seen: list[torch.Tensor] = []

@@ -212,7 +212,7 @@ def test_a_teacher_equal_to_the_student_gives_no_loss_through_all_stages(tmp_pat
     for teacher in (path, other):
         scoring = teacher_actor(teacher, targets="hidden", dtype="bfloat16", max_batch_tokens=1)
         _, scores, targets = scoring.score(table)
-        _, _, chosen = cut(1, keep_of(table, kept), scores, targets, table)
+        _, _, chosen = cut([0], keep_of(table, kept), scores, targets, table)
         chosen = chosen.set_column(0, chosen.schema.field("step"), [np.ones(len(chosen), np.int64)])
         learner = LearnerActor(
             StudentSpec(model=path),

@@ -158,7 +158,7 @@ def test_a_users_rule_that_is_not_there_is_refused_at_once() -> None:
 def test_prefix_needs_inputs_up_to_its_last_token_only(made: MadeStep) -> None:
     asked = row_tokens(made.rollouts)
     _, keep = selector("prefix").select(asked, {}, None, made.scores)
-    _, _, selected = cut(1, keep, made.scores, made.targets, made.rollouts)
+    _, _, selected = cut([0], keep, made.scores, made.targets, made.rollouts)
     rollout = dict(zip(tables.keys(made.rollouts), made.rollouts.to_pylist(), strict=True))
     mask = dict(zip(tables.keys(made.scores), made.scores.to_pylist(), strict=True))
     for key, row in zip(tables.keys(selected), selected.to_pylist(), strict=True):
@@ -243,7 +243,7 @@ def test_rows_without_weight_stay_behind_and_divisors_still_count_them(
         assert (row["rank"] == -1) == (key[1] == 2 or not row["kept"])
     stays = {(2, 0), (2, 1)} | {key[1:] for key, one in _kept(keep) if not one}
     assert {(slot, sample) for slot, sample, _ in header.nothing_kept} == stays
-    _, _, *selected = cut(2, keep, made.scores, made.targets, made.rollouts)
+    _, _, *selected = cut(range(2), keep, made.scores, made.targets, made.rollouts)
     sent = {key[1:] for table in selected for key in tables.keys(table)}
     assert sent == {key[1:] for key in asked} - stays
 
@@ -314,7 +314,7 @@ def cut_made(request: pytest.FixtureRequest) -> tuple[MadeStep, pa.Table, tuple]
     _, keep = selector(ranks=2, samples=3).select(row_tokens(made.rollouts), {}, None, made.scores)
     order = np.random.default_rng(2).permutation(made.rollouts.num_rows)
     parts = [made.rollouts.take(order[:4]), made.rollouts.take(order[4:])]
-    return made, keep, cut(2, keep, made.scores, made.targets, *parts)
+    return made, keep, cut(range(2), keep, made.scores, made.targets, *parts)
 
 
 def compared_in(made: MadeStep) -> tuple[str, ...]:
@@ -356,8 +356,10 @@ def test_policy_gradient_gets_the_sampled_token_alone(made: MadeStep) -> None:
     logprobs[0][0] = 0.0  # a teacher that is sure
     targets = made.targets.set_column(place, field, pa.array(logprobs, type=field.type))
     _, keep = selector("all").select(row_tokens(made.rollouts), {}, None, made.scores)
-    header, _, whole = cut(1, keep, made.scores, targets, made.rollouts)
-    narrow_header, _, narrow = cut(1, keep, made.scores, targets, made.rollouts, sampled_only=True)
+    header, _, whole = cut([0], keep, made.scores, targets, made.rollouts)
+    narrow_header, _, narrow = cut(
+        [0], keep, made.scores, targets, made.rollouts, sampled_only=True
+    )
     assert narrow.schema == tables.selected_schema(1)
     sampled = tables.column(narrow, "sampled_ids")
     assert tables.column(narrow, "support_ids")[:, 0].tolist() == sampled.tolist()
@@ -393,8 +395,8 @@ def test_bytes_left_out_are_what_keeping_all_would_have_sent(targets: tables.Tar
     asked = row_tokens(made.rollouts)
     _, half = selector("soft_or").select(asked, {}, None, made.scores)
     _, whole = selector("all").select(asked, {}, None, made.scores)
-    pruned, *_ = cut(1, half, made.scores, made.targets, made.rollouts)
-    all_kept, *_ = cut(1, whole, made.scores, made.targets, made.rollouts)
+    pruned, *_ = cut([0], half, made.scores, made.targets, made.rollouts)
+    all_kept, *_ = cut([0], whole, made.scores, made.targets, made.rollouts)
     assert sum(pruned.selected_bytes) < 0.75 * sum(all_kept.selected_bytes)
     # An unkept last token leaves its row's inputs shorter by what follows the last kept one.
     assert pruned.unpruned_bytes == pytest.approx(sum(all_kept.selected_bytes), rel=0.05)
@@ -407,7 +409,7 @@ def test_a_step_in_which_nothing_is_kept_still_cuts(made: MadeStep) -> None:
     scores = made.scores.set_column(place, field, pa.array(masks, type=field.type))
     header, keep = selector(ranks=2).select(row_tokens(made.rollouts), {}, None, scores)
     assert header.kept_tokens == 0
-    _, samples, *selected = cut(2, keep, scores, made.targets, made.rollouts)
+    _, samples, *selected = cut(range(2), keep, scores, made.targets, made.rollouts)
     assert [table.num_rows for table in selected] == [0, 0]
     assert samples.num_rows == 2
 
@@ -419,7 +421,7 @@ def test_tables_that_do_not_belong_together_are_not_cut(made: MadeStep) -> None:
     def refused(says: str, rollouts: pa.Table = made.rollouts, **changed: pa.Table) -> None:
         given = whole | changed
         with pytest.raises(TableError, match=says) as caught:
-            cut(1, given["keep"], given["scores"], given["targets"], rollouts)
+            cut([0], given["keep"], given["scores"], given["targets"], rollouts)
         assert "\n" not in str(caught.value)
 
     def moved(table: pa.Table, name: str) -> pa.Table:
@@ -446,4 +448,4 @@ def test_a_rollout_made_twice_is_not_cut_by_the_other_tries_length(made: MadeSte
     _, keep = selector().select(row_tokens(made.rollouts), {}, None, made.scores)
     again = made_step(np.random.default_rng(5), rows=12, vocab_size=VOCAB).rollouts
     with pytest.raises(TableError, match="lengths differ"):
-        cut(1, keep, made.scores, made.targets, made.rollouts, again)
+        cut([0], keep, made.scores, made.targets, made.rollouts, again)

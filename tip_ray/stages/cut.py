@@ -28,7 +28,7 @@ IntArray = npt.NDArray[np.int64]
 
 
 def cut(
-    ranks: int | Sequence[int],
+    ranks: Sequence[int],
     keep: pa.Table,
     scores: pa.Table,
     targets: pa.Table,
@@ -38,8 +38,8 @@ def cut(
     """(CutHeader, SAMPLES, SELECTED of the first rank, SELECTED of the second, ...).
 
     Args:
-        ranks: learner ranks that get a table: how many, or which. A batch has a few rows, and so
-            something for a few of many ranks.
+        ranks: learner ranks that get a table. A batch has a few rows, and so something for a few of
+            many ranks.
         keep: KEEP of the whole step; rows of other batches are ignored.
         scores, targets: one teacher batch; of the targets' kind is what travels.
         rollouts: ROLLOUTS tables that hold at least the rows of the batch.
@@ -52,8 +52,7 @@ def cut(
     width, kind = (1, "topk") if sampled_only else tables.target_width(targets)
     schema = tables.selected_schema(width, kind)
     batch = _aligned(keep, scores, targets, rollouts)
-    asked = range(ranks) if isinstance(ranks, int) else ranks
-    selected = [_select(batch, rank, schema, sampled_only) for rank in asked]
+    selected = [_select(batch, rank, schema, sampled_only) for rank in ranks]
     sent = [tables.nbytes(table) for table in selected]
     header = CutHeader(
         selected_bytes=tuple(sent),
