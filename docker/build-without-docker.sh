@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# Builds the CPU image on a Debian machine that has neither a Docker engine nor an image registry:
+# Builds an image on a Debian machine that has neither a Docker engine nor an image registry:
 # mmdebstrap makes the base, buildah builds on it. Run as root; what follows goes on to buildah.
 #
 #   apt-get install --no-install-recommends buildah mmdebstrap
-#   docker/build-without-docker.sh --secret id=pip.conf,src=/etc/pip.conf
+#   docker/build-without-docker.sh cpu --secret id=pip.conf,src=/etc/pip.conf
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+kind=${1:?cpu or gpu}
+shift
+
 base=localhost/debian:bookworm-slim
-image=localhost/tip-ray:0.1.0-cpu
+image=localhost/tip-ray:0.1.0-$kind
 
 if ! buildah inspect --type image "$base" >/dev/null 2>&1; then
   scratch=$(mktemp -d)
@@ -20,5 +23,5 @@ if ! buildah inspect --type image "$base" >/dev/null 2>&1; then
 fi
 
 buildah build --isolation chroot --pull-never --build-arg "BASE_IMAGE=$base" \
-  --file docker/cpu.Dockerfile --tag "$image" "$@" .
+  --file "docker/$kind.Dockerfile" --tag "$image" "$@" .
 buildah images "$image"

@@ -18,10 +18,10 @@ ENV PATH=/opt/tip-ray/venv/bin:$PATH
 
 # Everything that tip-ray needs, in a layer that only these two files change.
 WORKDIR /needed
-COPY pyproject.toml constraints.txt ./
+COPY pyproject.toml constraints-gpu.txt ./
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     mkdir tip_ray && touch tip_ray/__init__.py README.md LICENSE \
-    && pip install --no-cache-dir --constraint constraints.txt '.[gpu,math,s3]'
+    && pip install --no-cache-dir --constraint constraints-gpu.txt '.[gpu,math,s3]'
 
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./

@@ -71,8 +71,9 @@ def _content_problems(found: Instructions) -> list[str]:
     extras = re.findall(r"'\.\[([a-z0-9,]+)\]'", steps)
     if not extras or not set(extras[0].split(",")) <= set(project["optional-dependencies"]):
         problems.append(f"pip install .[{','.join(extras)}]: not extras of pyproject.toml")
-    if "--constraint constraints.txt" not in steps:
-        problems.append("pip install without --constraint constraints.txt")
+    exact = "constraints-gpu.txt" if "gpu" in ",".join(extras).split(",") else "constraints.txt"
+    if f"--constraint {exact}" not in steps:
+        problems.append(f"pip install without --constraint {exact}")
     labels = " ".join(value for key, value in found if key == "LABEL")
     if f'image.version="{project["version"]}"' not in labels:
         problems.append(f"org.opencontainers.image.version: expected {project['version']}")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-from tests.deploy.images import DOCKERFILES, hadolint, image_problems
+from tests.deploy.images import DOCKERFILES, REPOSITORY, hadolint, image_problems
 from tests.deploy.manifests import all_documents, containers, templates
 
 CPU = next(path for path in DOCKERFILES if path.name == "cpu.Dockerfile")
@@ -77,3 +81,22 @@ def test_every_image_of_the_manifests_has_a_dockerfile() -> None:
         )
     }
     assert asked == {f"registry.example/{tag}" for tag in made}
+
+
+def test_the_gpu_image_installs_what_was_tested_but_for_cuda() -> None:
+    cpu, gpu = pins("constraints.txt"), pins("constraints-gpu.txt")
+    apart = {name for name in cpu.keys() & gpu.keys() if cpu[name] != gpu[name]}
+    assert apart == {"apache-tvm-ffi", "triton"}  # pinned by vllm and by torch for CUDA
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = (project["optional-dependencies"][extra] for extra in ("gpu", "math", "s3"))
+    for requirement in map(Requirement, (*project["dependencies"], *chain(*extras))):
+        assert requirement.specifier.contains(gpu[canonicalize_name(requirement.name)]), requirement
+
+
+def pins(name: str) -> dict[str, str]:
+    """Versions by package; each is named once."""
+    lines = (REPOSITORY / name).read_text(encoding="utf-8").splitlines()
+    pairs = [line.split("==") for line in lines if not line.startswith("#")]
+    found = {canonicalize_name(package): version for package, version in pairs}
+    assert len(found) == len(pairs)
+    return dict(found)
