@@ -18,6 +18,7 @@ from tip_ray.contract.errors import ReplicaError, RunFailedError
 from tip_ray.runtime.gang import Gang
 from tip_ray.runtime.pool import Pool
 from tip_ray.runtime.replica import actor_class
+from tip_ray.runtime.tasks import within
 
 ROOT = Path(__file__).parents[2]
 Events = list[tuple[str, dict[str, Any]]]
@@ -122,7 +123,7 @@ def test_a_replacement_goes_on_when_nobody_waits_for_it(make_pool: Any, events: 
         while not events:
             await asyncio.sleep(0.01)
         waiter.cancel()
-        assert (await asyncio.wait_for(pool.call("pid", returns=1), 60)).header
+        assert (await within(60, pool.call("pid", returns=1))).header
         assert [kind for kind, _ in events] == ["replica_lost", "replica_recovered"]
 
     asyncio.run(go())
@@ -139,7 +140,7 @@ def test_whoever_comes_after_a_failed_replacement_is_told(make_pool: Any, events
             await asyncio.sleep(0.01)
         waiter.cancel()
         with pytest.raises(RunFailedError, match="cannot start worker"):
-            await asyncio.wait_for(pool.call("pid", returns=1), 60)
+            await within(60, pool.call("pid", returns=1))
 
     asyncio.run(go())
 

@@ -28,7 +28,7 @@ from tip_ray.control.step_metrics import StepTrace
 from tip_ray.control.step_work import RolloutWork
 from tip_ray.runtime.pool import FAILURES
 from tip_ray.runtime.replica import classify
-from tip_ray.runtime.tasks import first_leaf, together, value_of
+from tip_ray.runtime.tasks import first_leaf, together, value_of, within
 from tip_ray.stages.cut import cut
 from tip_ray.stages.prompts import Cursor
 
@@ -222,8 +222,8 @@ class Preparation:
                 ranks, keep, batch.scores, batch.targets, *batch.rollouts, sampled_only=sampled_only
             )
             try:
-                waited = asyncio.wait_for(value_of(refs[0]), self._spec.faults.item_timeout_s)
-                return await waited, refs[1:]
+                header = await within(self._spec.faults.item_timeout_s, value_of(refs[0]))
+                return header, refs[1:]
             except FAILURES as error:
                 failure = classify(error, "cut")
                 if not isinstance(failure, ReplicaError):

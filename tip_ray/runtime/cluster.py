@@ -14,6 +14,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from tip_ray.contract.errors import PlacementError
+from tip_ray.runtime.tasks import within
 
 Bundle = Mapping[str, float]
 
@@ -114,7 +115,7 @@ async def reserve(
     }
     ready: Any = asyncio.gather(*(_ready(group) for group in groups.values()))
     try:
-        await asyncio.wait_for(ready, timeout_s)
+        await within(timeout_s, ready)
     except TimeoutError:
         waiting = [pool for pool, group in groups.items() if not group.wait(0)]
         release(groups)

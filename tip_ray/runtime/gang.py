@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import Any
 
 from tip_ray.contract.errors import ObjectsLostError, ReplicaError
 from tip_ray.runtime.pool import FAILURES, START_S
 from tip_ray.runtime.replica import CreateActor, classify, kill
-from tip_ray.runtime.tasks import next_ref, next_ref_afar, together, value_of
+from tip_ray.runtime.tasks import next_ref, next_ref_afar, together, value_of, within
 
 _START_TRIES = 3
 
@@ -103,7 +102,7 @@ class Gang:
 
     async def _guard(self, work: Any, method: str, limit_s: float | None = None) -> Any:
         try:
-            return await asyncio.wait_for(work, limit_s or self._timeout_s)
+            return await within(limit_s or self._timeout_s, work)
         except FAILURES as error:
             failure = classify(error, f"{self.name}.{method}")
             if isinstance(failure, ObjectsLostError):

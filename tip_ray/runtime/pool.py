@@ -22,7 +22,7 @@ from ray.exceptions import RayError
 
 from tip_ray.contract.errors import ObjectsLostError, ReplicaError, RunFailedError, TipRayError
 from tip_ray.runtime.replica import CreateActor, Replica, classify, kill
-from tip_ray.runtime.tasks import next_ref, next_ref_afar, together, value_of
+from tip_ray.runtime.tasks import next_ref, next_ref_afar, together, value_of, within
 from tip_ray.runtime.weights import WeightVersion
 
 FAILURES = (RayError, TimeoutError)
@@ -109,7 +109,7 @@ class Pool:
                 refs = remote.remote(*args)
                 refs = refs if isinstance(refs, list) else [refs]
                 try:
-                    header = await asyncio.wait_for(value_of(refs[0]), self._timeout_s)
+                    header = await within(self._timeout_s, value_of(refs[0]))
                     return Answer(header, tuple(refs[1:]), replica.node_id)
                 except FAILURES as error:
                     failure = self._retriable(error, replica)
@@ -163,9 +163,9 @@ class Pool:
     async def _pairs(self, items: Any, replica: Replica) -> AsyncIterator[Answer]:
         while True:
             try:
-                header_ref = await asyncio.wait_for(next_ref(items), self._timeout_s)
-                header = await asyncio.wait_for(value_of(header_ref), self._timeout_s)
-                table_ref = await asyncio.wait_for(next_ref_afar(items), self._timeout_s)
+                header_ref = await within(self._timeout_s, next_ref(items))
+                header = await within(self._timeout_s, value_of(header_ref))
+                table_ref = await within(self._timeout_s, next_ref_afar(items))
             except StopAsyncIteration:
                 return
             yield Answer(header, (table_ref,), replica.node_id)
@@ -185,7 +185,7 @@ class Pool:
         if replica.weight_version == weights.version:
             return
         ref = replica.actor.load_weights.remote(weights.version, *weights.group_refs)
-        await asyncio.wait_for(value_of(ref), self._timeout_s)
+        await within(self._timeout_s, value_of(ref))
         replica.weight_version, replica.weightless = weights.version, False
 
     @asynccontextmanager
@@ -284,7 +284,7 @@ class Pool:
             try:
                 answer = value_of(replica.actor.node_id.remote())
                 limit_s = max(self._timeout_s, START_S)
-                replica.node_id = await asyncio.wait_for(answer, limit_s)
+                replica.node_id = await within(limit_s, answer)
                 if self._weights is not None:
                     await self._load(replica, self._weights)
                 return

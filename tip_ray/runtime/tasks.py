@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Coroutine
 from typing import Any, TypeVar
 
 import ray
@@ -15,6 +15,16 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.05
 async def value_of(ref: Any) -> Any:
     """What a Ray reference stands for, as a coroutine that can be timed, gathered and cancelled."""
     return await ref
+
+
+async def within(limit_s: float, work: Awaitable[Result]) -> Result:
+    """The result of `work`, or TimeoutError after `limit_s`.
+
+    In the place of `asyncio.wait_for`, which in Python 3.11 forgets a cancellation that comes as
+    `work` ends: what should stop would go on.
+    """
+    async with asyncio.timeout(limit_s):
+        return await work
 
 
 async def next_ref(stream: Any) -> Any:
