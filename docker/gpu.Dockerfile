@@ -1,5 +1,5 @@
 # tip-ray for NVIDIA GPUs, run by user 1000. The wheels bring CUDA's libraries; the driver is the
-# host's. Not built or run so far.
+# host's. Built; never run on a GPU so far.
 #
 #   docker build -f docker/gpu.Dockerfile -t tip-ray:0.1.0-gpu .
 #
