@@ -7,7 +7,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-kind=${1:?cpu or gpu}
+kind=${1-}
+if ! [[ -f docker/$kind.Dockerfile ]]; then
+  echo "build-without-docker.sh: first argument '$kind': expected cpu or gpu" >&2
+  exit 2
+fi
 shift
 
 base=localhost/debian:bookworm-slim

@@ -302,6 +302,11 @@ class Chaos:
         return "\n".join([*lines, f"{self.runs} runs, {len(self.failed)} failed"])
 
 
+def _unwind(signum: int, _: Any) -> None:
+    signal.signal(signum, signal.SIG_IGN)  # a second one would break off what the first undoes
+    sys.exit(128 + signum)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=30)
@@ -310,7 +315,7 @@ def main() -> int:
     parser.add_argument("--root", type=Path, help="keep the runs here")
     options = parser.parse_args()
     # An end from outside unwinds too: jobs are stopped, a small disk is unmounted.
-    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
+    signal.signal(signal.SIGTERM, _unwind)
     root = options.root or Path(tempfile.mkdtemp(prefix="tip-chaos-"))
     root.mkdir(parents=True, exist_ok=True)
     chaos = Chaos(root, options.seed, lambda line: print(line, flush=True))  # noqa: T201

@@ -124,6 +124,9 @@ async def reserve(
             f"{', '.join(f'{pool} ({_shown(demand[pool][0])})' for pool in waiting)}; free "
             f"resources of the cluster or raise the time"
         ) from None
+    except BaseException:  # the caller does not know them yet
+        release(groups)
+        raise
     return groups
 
 

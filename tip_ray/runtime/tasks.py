@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import ray
@@ -23,8 +23,10 @@ async def within(limit_s: float, work: Awaitable[Result]) -> Result:
     In the place of `asyncio.wait_for`, which in Python 3.11 forgets a cancellation that comes as
     `work` ends: what should stop would go on.
     """
+    task = asyncio.ensure_future(work)
     async with asyncio.timeout(limit_s):
-        return await work
+        await _all_done([task])
+    return task.result()
 
 
 async def next_ref(stream: Any) -> Any:
@@ -59,13 +61,27 @@ async def next_ref_afar(stream: Any) -> Any:
 
 
 async def together(*work: Coroutine[Any, Any, Result]) -> list[Result]:
-    """Results in order; at the first error the others are cancelled and that error is raised."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one) for one in work]
-    except BaseExceptionGroup as errors:
-        raise first_leaf(errors) from errors
+    """Results in order; at the first error the others are cancelled and that error is raised.
+
+    Not a TaskGroup, which in Python 3.11 forgets a cancellation that comes as one of them fails.
+    """
+    tasks = [asyncio.ensure_future(one) for one in work]
+    await _all_done(tasks)
+    for task in tasks:
+        if not task.cancelled() and (error := task.exception()):
+            raise error
     return [task.result() for task in tasks]
+
+
+async def _all_done(tasks: Sequence[asyncio.Future[Any]]) -> None:
+    """Until all have ended; at the first error, or where this one is cancelled, all are ended."""
+    try:
+        if tasks:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)  # also: their errors are seen
 
 
 async def beside(heart: Coroutine[Any, Any, None], work: Coroutine[Any, Any, Result]) -> Result:
